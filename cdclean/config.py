@@ -1,0 +1,150 @@
+"""Settings: frozen dataclasses, every default in one place, and the fingerprint that says what a score depends on.
+
+Nothing here imports torch, so that the command line starts at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from cdclean.errors import UsageError
+
+Objective = Literal["probabilities", "logits", "features"]
+Head = Literal["auto", "softmax", "sigmoid", "probabilities"]
+Precision = Literal["auto", "fp32", "bf16", "fp16", "fp64"]
+Resize = Literal["center", "squash", "border"]
+Preset = Literal["default", "paper"]
+
+OBJECTIVES: tuple[str, ...] = get_args(Objective)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What the model wants to see: channels, height and width in pixels, and how an image is brought to that."""
+
+    channels: int
+    height: int
+    width: int
+    interpolation: str = "bicubic"  # a name timm.data knows
+    crop_pct: float = 1.0  # the share of the resized image that the crop keeps, per side
+    crop_mode: Resize = "center"
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """How to get the model. Everything that is None is taken from the checkpoint or from timm."""
+
+    source: str  # a file, or timm:NAME, hf-hub:NAME, local-dir:PATH
+    arch: str | None = None  # timm name, or package.module:factory
+    input_size: tuple[int, int] | None = None  # height, width in pixels
+    mean: tuple[float, ...] | None = None  # per channel, of pixels in [0, 1]
+    std: tuple[float, ...] | None = None
+    crop: float | None = None  # share of the resized image that is kept (timm's crop_pct)
+    resize: Resize | None = None  # timm's crop_mode
+    trust_checkpoint: bool = False  # allow pickle: runs whatever code the file holds
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """How a mask is found; see distillation.py, which says what each value does.
+
+    The defaults are ours; `paper(objective)` gives the published ones.
+    """
+
+    objective: Objective = "probabilities"
+    steps: int = 30  # forward and backward passes an image
+    learning_rate: float = 0.3
+    betas: tuple[float, float] = (0.1, 0.1)  # of Adam
+    area_cost: float = 3.0  # price of a full mask, in units of the objective (nats for `probabilities`)
+    smoothness: float = 1.0  # weight of the mask's total variation
+    temperature: float = 1.0  # softens both outputs; `probabilities` alone
+    head: Head = "auto"  # what the model's output means
+    layer: str | None = None  # module whose output `features` compares; None: the last map before pooling
+    precision: Precision = "auto"  # of the model; mask and optimiser are always fp32 or better
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise UsageError(f"objective must be one of {', '.join(OBJECTIVES)}, not {self.objective!r}")
+        for name in ("steps", "learning_rate", "temperature"):
+            if getattr(self, name) <= 0:
+                raise UsageError(f"{name} must be above 0, not {getattr(self, name)}")
+        for name in ("area_cost", "smoothness"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UsageError(f"betas must be in [0, 1), not {self.betas}")
+
+
+@dataclass(frozen=True)
+class ScanConfig:
+    """One scan: what is read, with which model, how it is scored and in what portions."""
+
+    dataset: str
+    model: ModelSpec
+    distill: DistillConfig
+    out: str | None = None  # run folder; None: ./<dataset name>.cdclean
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    batch_size: int | None = None  # images a micro-batch; None: by device and input size
+    chunk_size: int | None = None  # samples a chunk; None: by device and input size
+    thumbnail_size: int = 96  # longest side in pixels; 0: none are written
+    overwrite: bool = False
+    max_error_rate: float | None = None  # gate: share of samples without a score, in [0, 1]
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "chunk_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} must be at least 1, not {value}")
+        if self.thumbnail_size < 0:
+            raise UsageError(f"thumbnail_size must be 0 or more, not {self.thumbnail_size}")
+
+
+# Settings that change where or how a run is executed, but not a score.
+_EXECUTION = {"out", "device", "overwrite", "chunk_size", "max_error_rate"}
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as plain JSON types, tuples as lists."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return plain
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 (hexadecimal) of the canonical JSON of `value`; equal values give equal fingerprints."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """The settings that differ, one line each: `distill.steps: 20 in the run, 30 now`."""
+    lines = []
+    for name in sorted(old.keys() | new.keys()):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += difference(before, after, f"{prefix}{name}.")
+        elif before != after:
+            lines.append(f"{prefix}{name}: {before!r} in the run, {after!r} now")
+    return lines
+
+
+def batch_size(geometry: Geometry, device: str) -> int:
+    """Images a micro-batch: a power of two that keeps a core's caches (CPU) or a GPU's units busy.
+
+    About 32 images of 32 px or 8 of 224 px on a CPU; 512 and 64 on a GPU.
+    """
+    pixels = geometry.height * geometry.width
+    if device == "cpu":
+        return 32 if pixels <= 64 * 64 else 8
+    return 512 if pixels <= 64 * 64 else 64
+
+
+def chunk_size(geometry: Geometry, device: str) -> int:
+    """Samples a chunk, a multiple of every default micro-batch: a minute or two of work for a common network."""
+    pixels = geometry.height * geometry.width
+    per_chunk = 1024 if pixels <= 64 * 64 else 64
+    return per_chunk if device == "cpu" else 8 * per_chunk

@@ -1,0 +1,1 @@
+"""Who maps chunks onto devices."""
