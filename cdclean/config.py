@@ -14,12 +14,16 @@ from typing import Any, Literal, get_args
 from cdclean.errors import UsageError
 
 Objective = Literal["probabilities", "logits", "features"]
-Head = Literal["auto", "softmax", "sigmoid", "probabilities"]
+Head = Literal["auto", "softmax", "sigmoid", "probabilities", "sigmoid-probabilities"]
 Precision = Literal["auto", "fp32", "bf16", "fp16", "fp64"]
 Resize = Literal["center", "squash", "border"]
 Preset = Literal["default", "paper"]
+ExportMode = Literal["copy", "hardlink", "symlink", "list"]
+Unreadable = Literal["drop", "keep"]
 
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
+# A full mask costs so much: nats for probabilities, standard deviations of the reference for the other two.
+AREA_COST: dict[str, float] = {"probabilities": 3.0, "logits": 0.5, "features": 0.5}
 
 
 @dataclass(frozen=True)
@@ -59,12 +63,15 @@ class DistillConfig:
     steps: int = 30  # forward and backward passes an image
     learning_rate: float = 0.3
     betas: tuple[float, float] = (0.1, 0.1)  # of Adam
-    area_cost: float = 3.0  # price of a full mask, in units of the objective (nats for `probabilities`)
+    area_cost: float | None = None  # price of a full mask, in the objective's unit; None: AREA_COST
+    pixel_cost: float = 0.0  # price of one pixel: the paper's, whose sum grows with the image
     smoothness: float = 1.0  # weight of the mask's total variation
     temperature: float = 1.0  # softens both outputs; `probabilities` alone
+    relative: bool = True  # `logits`, `features`: distances in units of the reference's own spread
     head: Head = "auto"  # what the model's output means
     layer: str | None = None  # module whose output `features` compares; None: the last map before pooling
     precision: Precision = "auto"  # of the model; mask and optimiser are always fp32 or better
+    batch_size: int | None = None  # images a micro-batch, the last one padded; None: all at once
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -73,11 +80,32 @@ class DistillConfig:
         for name in ("steps", "learning_rate", "temperature"):
             if getattr(self, name) <= 0:
                 raise UsageError(f"{name} must be above 0, not {getattr(self, name)}")
-        for name in ("area_cost", "smoothness"):
+        if self.area_cost is None:
+            object.__setattr__(self, "area_cost", AREA_COST[self.objective])
+        if self.batch_size is not None and self.batch_size < 1:
+            raise UsageError(f"batch_size must be at least 1, not {self.batch_size}")
+        for name in ("area_cost", "pixel_cost", "smoothness"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} must be 0 or more, not {getattr(self, name)}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UsageError(f"betas must be in [0, 1), not {self.betas}")
+
+
+def paper(objective: Objective = "logits") -> DistillConfig:
+    """The published settings: CD-L (`logits`) and CD-F (`features`), Huang et al. 2023, section 4 and appendix."""
+    if objective == "probabilities":
+        raise UsageError("the paper has no objective 'probabilities'", hint="Take --objective logits or features.")
+    gamma, rate = (0.01, 0.1) if objective == "logits" else (0.001, 0.05)
+    return DistillConfig(
+        objective=objective,
+        steps=100,
+        learning_rate=rate,
+        area_cost=0.0,
+        pixel_cost=gamma,
+        smoothness=10.0,
+        relative=False,
+        precision="fp32",
+    )
 
 
 @dataclass(frozen=True)
@@ -89,23 +117,16 @@ class ScanConfig:
     distill: DistillConfig
     out: str | None = None  # run folder; None: ./<dataset name>.cdclean
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    batch_size: int | None = None  # images a micro-batch; None: by device and input size
     chunk_size: int | None = None  # samples a chunk; None: by device and input size
     thumbnail_size: int = 96  # longest side in pixels; 0: none are written
     overwrite: bool = False
     max_error_rate: float | None = None  # gate: share of samples without a score, in [0, 1]
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "chunk_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} must be at least 1, not {value}")
+        if self.chunk_size is not None and self.chunk_size < 1:
+            raise UsageError(f"chunk_size must be at least 1, not {self.chunk_size}")
         if self.thumbnail_size < 0:
             raise UsageError(f"thumbnail_size must be 0 or more, not {self.thumbnail_size}")
-
-
-# Settings that change where or how a run is executed, but not a score.
-_EXECUTION = {"out", "device", "overwrite", "chunk_size", "max_error_rate"}
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -77,8 +77,8 @@ class StoppedError(CdcleanError):
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(
-            f"stopped by signal {signal_number}; every finished chunk is kept",
-            hint="Run the same command again to resume.",
+            f"stopped by signal {signal_number}; what was finished is kept",
+            hint="Run the same command again to go on.",
         )
         self.signal_number = signal_number
 

@@ -19,6 +19,8 @@ import filelock
 
 from cdclean.errors import LockedError, OutputError, UsageError
 
+_TEMPORARY = ".part"  # the end of an unfinished file's name
+
 
 def to_text(path: str | bytes | os.PathLike[str]) -> str:
     """A path as text that any file format can hold; `from_text` gives the path back."""
@@ -69,12 +71,13 @@ def sync_folder(folder: Path) -> None:
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that appears at `path` whole, or not at all: temporary file, fsync, rename.
 
-    Raises OutputError where the disk is full or the folder cannot be written to; what was at `path` is then still there.
+    Raises OutputError where the disk is full or the folder cannot be written to; what was at `path` stays.
     """
     temporary: Path | None = None
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
+        handle, name = tempfile.mkstemp(_TEMPORARY, f".{path.name}.", path.parent)
+        temporary = Path(name)
+        with open(handle, "wb") as file:  # noqa: PTH123
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -103,12 +106,17 @@ def write_json(path: Path, value: Any) -> None:
         file.write(json.dumps(value, indent=2, ensure_ascii=True).encode() + b"\n")
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether `path` is what `atomic_write` leaves behind when the process is killed."""
+    return path.name.startswith(".") and path.name.endswith(_TEMPORARY)
+
+
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Hold `folder`/.lock. Raises LockedError at once when another process has it; ends with the process."""
-    held = filelock.FileLock(folder / ".lock", timeout=0)
+    """Hold `folder`/.lock. Raises LockedError when another process has it; ends with the process."""
+    held = filelock.FileLock(folder / ".lock")
     try:
-        held.acquire()
+        held.acquire(timeout=1)  # is_locked holds it for a moment
     except filelock.Timeout as error:
         raise LockedError(
             f"another cdclean process is writing to {folder}",
@@ -118,3 +126,16 @@ def lock(folder: Path) -> Iterator[None]:
         yield
     finally:
         held.release()
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process holds `folder`/.lock."""
+    if not (folder / ".lock").exists():
+        return False
+    held = filelock.FileLock(folder / ".lock")
+    try:
+        held.acquire(timeout=0)
+    except filelock.Timeout:
+        return True
+    held.release()
+    return False

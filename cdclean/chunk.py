@@ -1,0 +1,240 @@
+"""One chunk: read -> decode -> distil -> records -> part file.
+
+`ChunkWorker` is what an engine hands to a device: picklable, called with a chunk's number, done when the part exists.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from cdclean import records, schema, storage
+from cdclean.config import DistillConfig, ModelSpec
+from cdclean.distillation import Distilled, distill, sample_seed
+from cdclean.errors import SampleError, Status
+from cdclean.images import MAX_BYTES, Decoded, decode, make_transform, thumbnail
+from cdclean.manifest import Job, read_chunk
+from cdclean.models import Classifier, load
+
+DECODE_THREADS = min(8, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class ChunkReport:
+    """What an engine hands back: which part is there now, and what became of its samples."""
+
+    chunk: int
+    samples: int
+    status: dict[str, int]  # samples per status
+    compared: int  # samples with a label that the model's classes have
+    agreed: int  # of those, predictions that equal the label
+    seconds: float
+    last_error: str | None
+
+
+@dataclass(frozen=True)
+class ChunkWorker:
+    """Scores one chunk of a run. Everything a score depends on is in these fields and in the manifest."""
+
+    run: Path
+    model: ModelSpec
+    distill: DistillConfig  # resolved: batch_size, precision, head and layer are set
+    device: str  # a torch device
+    thumbnail_size: int
+    labels: tuple[int | None, ...] | None  # the model's class of each class of the dataset; None: not comparable
+
+    def __call__(self, chunk: int, progress: Callable[[int], object]) -> ChunkReport:
+        """Score chunk number `chunk`, write its part, call `progress(samples)` now and then."""
+        started = time.monotonic()
+        samples = read_chunk(self.run / "manifest.parquet", chunk)
+        classifier = classifier_on(self.model, self.device, self.distill.precision)
+        rows = [asdict(sample) for sample in samples]
+        with ThreadPoolExecutor(DECODE_THREADS) as pool:
+            for batch in _micro_batches(samples, classifier, self.distill.batch_size or 1, pool, rows, progress):
+                indices, pixels = zip(*batch, strict=True)
+                keys = [rows[i]["key"] for i in indices]
+                distilled, scores = distil_pixels(classifier, torch.stack(pixels), keys, self.distill, self.device)
+                for i, columns in zip(indices, scores, strict=True):
+                    rows[i] |= columns
+                if self.thumbnail_size:
+                    pictures = pool.map(_pictures(self.thumbnail_size), pixels, distilled.masks.cpu())
+                    for i, columns in zip(indices, pictures, strict=True):
+                        rows[i] |= columns
+                progress(len(batch))
+        write_part(self.run, chunk, rows)
+        return self._report(chunk, rows, time.monotonic() - started)
+
+    def _report(self, chunk: int, rows: list[dict[str, Any]], seconds: float) -> ChunkReport:
+        scored = [row for row in rows if row["status"] == Status.OK and row["label"] is not None]
+        pairs = [(row.get("prediction"), self.labels[row["label"]]) for row in scored] if self.labels else []
+        compared = [(prediction, expected) for prediction, expected in pairs if expected is not None]
+        errors = [f"{row['key']}: {row['error']}" for row in rows if row["error"]]
+        return ChunkReport(
+            chunk=chunk,
+            samples=len(rows),
+            status=dict(Counter(str(row["status"]) for row in rows)),
+            compared=len(compared),
+            agreed=sum(prediction == expected for prediction, expected in compared),
+            seconds=seconds,
+            last_error=errors[-1] if errors else None,
+        )
+
+
+def write_part(run: Path, chunk: int, rows: list[dict[str, Any]]) -> None:
+    """Write the records of one chunk; the part appears whole or not at all."""
+    columns = {name: [row.get(name) for row in rows] for name in schema.RECORDS.names}
+    table = pa.table(columns, schema=schema.RECORDS)
+    with storage.atomic_write(records.part_path(run, chunk)) as file:
+        pq.write_table(table, file, compression="zstd")
+
+
+@functools.lru_cache(maxsize=1)
+def classifier_on(spec: ModelSpec, device: str, precision: str) -> Classifier:
+    """The model on its device, loaded once a process."""
+    classifier = load(spec)
+    module = classifier.module.to(device)
+    return replace(classifier, module=module.double() if precision == "fp64" else module)
+
+
+# --- read -> decode ---
+
+
+def _micro_batches(
+    samples: list[Job],
+    classifier: Classifier,
+    size: int,
+    pool: ThreadPoolExecutor,
+    rows: list[dict[str, Any]],
+    progress: Callable[[int], object],
+) -> Iterator[list[tuple[int, Tensor]]]:
+    """Readable samples as (index, uint8 pixels), `size` at a time; what can be said of each goes into its row.
+
+    All of the chunk is decoded ahead on threads, while the device works: a chunk fits into memory by its size.
+    """
+    geometry = classifier.geometry
+    read = functools.partial(_read, transform=make_transform(geometry, classifier.mean), channels=geometry.channels)
+    batch: list[tuple[int, Tensor]] = []
+    for index, (outcome, known) in enumerate(pool.map(read, samples)):
+        rows[index] |= known
+        if isinstance(outcome, SampleError):
+            rows[index] |= {"status": outcome.status, "error": outcome.reason}
+            progress(1)
+            continue
+        rows[index] |= {"status": Status.OK, "error": None, "width": outcome.width, "height": outcome.height}
+        batch.append((index, outcome.pixels))
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _read(sample: Job, transform: Any, channels: int) -> tuple[Decoded | SampleError, dict[str, Any]]:
+    """One sample's pixels, or why there are none; and its size and hash, where it could be read."""
+    known: dict[str, Any] = {"bytes": sample.size}
+    try:
+        if sample.problem is not None:
+            raise SampleError(Status.UNREADABLE, sample.problem)
+        if sample.size > MAX_BYTES:
+            raise SampleError(Status.TOO_LARGE, f"{sample.size} bytes; the limit is {MAX_BYTES}")
+        try:
+            data = storage.read_range(sample.url, sample.offset, sample.size)
+        except OSError as error:
+            raise SampleError(Status.UNREADABLE, f"cannot be read: {error.strerror or error}") from error
+        if len(data) != sample.size:
+            raise SampleError(Status.UNREADABLE, f"{len(data)} bytes, but {sample.size} when it was indexed")
+        known["content_hash"] = hashlib.sha256(data).hexdigest()
+        return decode(data, transform, channels), known
+    except SampleError as error:
+        return error, known
+
+
+# --- distil -> records ---
+
+
+def distil_pixels(
+    classifier: Classifier, pixels: Tensor, keys: list[str], config: DistillConfig, device: str
+) -> tuple[Distilled, list[dict[str, Any]]]:
+    """Distil one micro-batch of uint8 pixels [B, C, H, W]: the masks, and the columns of the records for each.
+
+    What is not finite in half precision is tried again in fp32; what is not finite then has the status crashed.
+    """
+    dtype = torch.float64 if config.precision == "fp64" else torch.float32
+    images = pixels.to(device).to(dtype) / 255
+    seeds = [sample_seed(config.seed, key) for key in keys]
+    distilled = distill(classifier.module, images, config, seeds=seeds)
+    if config.precision in ("bf16", "fp16") and not _finite(distilled).all():
+        again = distill(classifier.module, images, replace(config, precision="fp32"), seeds=seeds)
+        distilled = _merge(distilled, again, ~_finite(distilled))
+    return distilled, list(_scores(distilled, config))
+
+
+def _finite(distilled: Distilled) -> Tensor:
+    """[B] bool: whether every number that becomes a record is finite."""
+    numbers = [distilled.mask_norm, distilled.divergence, distilled.total_variation]
+    if distilled.logits is not None:
+        numbers.append(distilled.logits.sum(1))
+    return torch.stack(numbers).isfinite().all(0)
+
+
+def _merge(first: Distilled, second: Distilled, rows: Tensor) -> Distilled:
+    """`first` with the marked rows [B] of `second`."""
+    chosen: dict[str, Any] = {}
+    for name, value in vars(first).items():
+        mark = rows.to(value.device).view(-1, *[1] * (value.ndim - 1)) if value is not None else None
+        chosen[name] = None if mark is None else torch.where(mark, getattr(second, name), value)
+    return Distilled(**chosen)
+
+
+def _scores(distilled: Distilled, config: DistillConfig) -> Iterator[dict[str, Any]]:
+    """The columns of the records that distillation gives, one dict a sample."""
+    pixels = distilled.masks[0].numel()
+    columns: dict[str, list[Any]] = {
+        "mask_norm": distilled.mask_norm.tolist(),
+        "mask_density": (distilled.mask_norm.double() / pixels).tolist(),
+        "divergence": distilled.divergence.tolist(),
+        "total_variation": distilled.total_variation.tolist(),
+        "steps": distilled.steps.tolist(),
+    }
+    if distilled.logits is not None:
+        logits = distilled.logits.float()
+        independent = config.head in ("sigmoid", "sigmoid-probabilities")
+        probability = logits.sigmoid() if independent else logits.softmax(1)
+        best = logits.topk(min(2, logits.shape[1]), dim=1).values
+        columns["prediction"] = logits.argmax(1).tolist()
+        columns["confidence"] = probability.amax(1).tolist()
+        columns["margin"] = (best[:, 0] - best[:, 1] if best.shape[1] == 2 else best[:, 0].abs()).tolist()
+    for row, finite in enumerate(_finite(distilled).tolist()):
+        if finite:
+            yield {name: values[row] for name, values in columns.items()}
+        else:
+            yield {"status": Status.CRASHED, "error": "the model's answer is not a finite number, in fp32 as well"}
+
+
+def _pictures(size: int) -> Callable[[Tensor, Tensor], dict[str, Any]]:
+    """Encodes image, mask and pattern of one sample, uint8 [C, H, W] and float [1, H, W], as thumbnails."""
+
+    def encode(pixels: Tensor, mask: Tensor) -> dict[str, Any]:
+        if not mask.isfinite().all():
+            return {"thumbnail": {"bytes": thumbnail(pixels, size), "path": None}}
+        images = {
+            "thumbnail": pixels,
+            "mask_thumbnail": (mask * 255).round().to(torch.uint8),
+            "pattern_thumbnail": (pixels * mask).round().to(torch.uint8),
+        }
+        return {name: {"bytes": thumbnail(image, size), "path": None} for name, image in images.items()}
+
+    return encode

@@ -1,0 +1,469 @@
+"""The command line: parse, call a verb, print. Nothing else in cdclean prints, exits or reads the environment.
+
+The rooms are imported inside the commands, so that --help answers at once and only what scores imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import sys
+import tomllib
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from cdclean import __version__
+from cdclean.config import (
+    DistillConfig,
+    ExportMode,
+    Head,
+    ModelSpec,
+    Objective,
+    Precision,
+    Preset,
+    Resize,
+    ScanConfig,
+    Unreadable,
+    paper,
+)
+from cdclean.console import Console, duration
+from cdclean.errors import CdcleanError, StoppedError, UsageError, exit_code
+
+if TYPE_CHECKING:
+    from cdclean.export import Exported
+    from cdclean.selection import Selection
+
+app = typer.Typer(
+    name="cdclean",
+    help="Find backdoored images in a training set, and write a clean copy of it.",
+    epilog="Start with:  cdclean demo",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "CDCLEAN"},
+)
+
+
+def main() -> NoReturn:
+    """Run the command line and exit with the code that errors.py gives."""
+    _raise_on_signals()
+    try:
+        app()
+    except CdcleanError as error:
+        Console().error(error)
+        sys.exit(exit_code(error))
+    except BrokenPipeError:  # the reader of stdout has gone: not our error, and nothing more to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    sys.exit(0)
+
+
+def _raise_on_signals() -> None:
+    """SIGINT and SIGTERM raise StoppedError, so that temporary files go; a second one ends the process at once."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_DFL)
+        raise StoppedError(number)
+
+    for number in numbers:
+        signal.signal(number, stop)
+
+
+# --- Options that several commands share ---
+
+
+def _load_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Options from a TOML file, as defaults: flags and CDCLEAN_* variables stand above them."""
+    if path is None:
+        return None
+    try:
+        content = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"cannot read the settings in {path}: {error}") from error
+    known = {parameter.name for parameter in context.command.params} - {"config"}
+    mine = {name.replace("-", "_"): value for name, value in content.get(context.info_name or "", {}).items()}
+    if unknown := sorted(mine.keys() - known):
+        raise UsageError(
+            f"{path}: [{context.info_name}] has no option {', '.join(unknown)}",
+            hint=f"It has: {', '.join(sorted(name for name in known if name))}",
+        )
+    context.default_map = mine
+    return path
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say only what goes wrong.")]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", help="TOML file with a table of options per command.", callback=_load_config, is_eager=True
+    ),
+]
+Run = Annotated[Path | None, typer.Argument(help="Run folder; without one, the newest complete run in this folder.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
+
+_MODEL = "Model"
+Model = Annotated[
+    str,
+    typer.Option(help="Checkpoint file, or timm:NAME, hf-hub:NAME, local-dir:PATH.", rich_help_panel=_MODEL),
+]
+Arch = Annotated[
+    str | None,
+    typer.Option(help="timm name or package.module:factory, where the file does not say.", rich_help_panel=_MODEL),
+]
+InputSize = Annotated[
+    str | None, typer.Option(help="Pixels: 224, or HEIGHTxWIDTH.", metavar="SIZE", rich_help_panel=_MODEL)
+]
+Mean = Annotated[
+    str | None,
+    typer.Option(help="Per channel, of pixels in [0, 1]: 0.485,0.456,0.406", rich_help_panel=_MODEL),
+]
+Std = Annotated[str | None, typer.Option(help="Per channel, as --mean.", rich_help_panel=_MODEL)]
+Crop = Annotated[
+    float | None, typer.Option(help="Share of the resized image that is kept, per side.", rich_help_panel=_MODEL)
+]
+ResizeMode = Annotated[
+    Resize | None, typer.Option("--resize", help="How an image is fitted to the input.", rich_help_panel=_MODEL)
+]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust-checkpoint",
+        help="Allow a checkpoint that is a program (pickle, TorchScript, export): it can run any code.",
+        rich_help_panel=_MODEL,
+    ),
+]
+
+_DISTILL = "Distillation"
+ObjectiveOption = Annotated[
+    Objective | None,
+    typer.Option(help="What the pattern must keep. [default: probabilities]", rich_help_panel=_DISTILL),
+]
+PresetOption = Annotated[
+    Preset, typer.Option(help="paper: the published settings (logits or features).", rich_help_panel=_DISTILL)
+]
+Steps = Annotated[int | None, typer.Option(help="Optimisation steps an image.", rich_help_panel=_DISTILL)]
+LearningRate = Annotated[float | None, typer.Option(help="Of the mask.", rich_help_panel=_DISTILL)]
+AreaCost = Annotated[
+    float | None, typer.Option(help="Price of a full mask, in nats for probabilities.", rich_help_panel=_DISTILL)
+]
+Layer = Annotated[
+    str | None,
+    typer.Option(help="Module that features compares. [default: the last map]", rich_help_panel=_DISTILL),
+]
+HeadOption = Annotated[
+    Head | None, typer.Option(help="What the model's outputs are. [default: auto]", rich_help_panel=_DISTILL)
+]
+PrecisionOption = Annotated[
+    Precision | None, typer.Option(help="Of the model. [default: auto]", rich_help_panel=_DISTILL)
+]
+BatchSize = Annotated[
+    int | None, typer.Option(help="Images a micro-batch. [default: by device and size]", rich_help_panel=_DISTILL)
+]
+Seed = Annotated[int | None, typer.Option(help="Of the colours. [default: 0]", rich_help_panel=_DISTILL)]
+
+
+def _console(json: bool = False, quiet: bool = False) -> Console:
+    return Console("json" if json else "quiet" if quiet else "human")
+
+
+def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
+    try:
+        return None if text is None else tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"{option} takes numbers separated by commas, not {text!r}") from error
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) not in (1, 2) or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UsageError(f"--input-size takes 224 or HEIGHTxWIDTH, not {text!r}")
+    return int(parts[0]), int(parts[-1])
+
+
+def _model_spec(options: dict[str, Any]) -> ModelSpec:
+    return ModelSpec(
+        source=options["model"],
+        arch=options["arch"],
+        input_size=_size(options["input_size"]),
+        mean=_numbers(options["mean"], "--mean"),
+        std=_numbers(options["std"], "--std"),
+        crop=options["crop"],
+        resize=options["resize"],
+        trust_checkpoint=options["trust_checkpoint"],
+    )
+
+
+def _distill_config(options: dict[str, Any]) -> DistillConfig:
+    """The preset, with what was given on the command line put over it."""
+    given = {field.name: options.get(field.name) for field in dataclasses.fields(DistillConfig)}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if options["preset"] == "paper":
+        return dataclasses.replace(paper(chosen.pop("objective", "logits")), **chosen)
+    return DistillConfig(**chosen)
+
+
+def _chosen_run(run: Path | None, console: Console) -> Path:
+    """The run that was named, or the newest complete one here, which is then said."""
+    from cdclean.records import newest_run
+
+    if run is not None:
+        return run
+    newest = newest_run(Path())
+    console.say(f"run: {newest}")
+    return newest
+
+
+def _version(value: bool) -> None:
+    if value:
+        Console().result(f"cdclean {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+# --- Commands, in the order in which they are used ---
+
+
+@app.command()
+def scan(
+    dataset: Annotated[str, typer.Argument(help="Folder of images, one subfolder a class.")],
+    model: Model,
+    out: Annotated[str | None, typer.Option(help="Run folder. [default: ./<dataset name>.cdclean]")] = None,
+    device: Device = "auto",
+    chunk_size: Annotated[
+        int | None, typer.Option(help="Samples a chunk: what a kill can lose. [default: by device and size]")
+    ] = None,
+    thumbnail_size: Annotated[int, typer.Option(help="Longest side in pixels; 0 for none.")] = 96,
+    max_error_rate: Annotated[
+        float | None, typer.Option(help="Exit with 5 if more than this share of samples has no score.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Forget an earlier run in that folder.")] = False,
+    arch: Arch = None,
+    input_size: InputSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    crop: Crop = None,
+    resize: ResizeMode = None,
+    trust_checkpoint: Trust = False,
+    objective: ObjectiveOption = None,
+    preset: PresetOption = "default",
+    steps: Steps = None,
+    learning_rate: LearningRate = None,
+    area_cost: AreaCost = None,
+    layer: Layer = None,
+    head: HeadOption = None,
+    precision: PrecisionOption = None,
+    batch_size: BatchSize = None,
+    seed: Seed = None,
+    config: ConfigFile = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Score every image: how little of it the model needs. Run again, it resumes."""
+    options = locals()
+    console = _console(json, quiet)
+    settings = ScanConfig(
+        dataset=dataset,
+        model=_model_spec(options),
+        distill=_distill_config(options),
+        out=out,
+        device=device,
+        chunk_size=chunk_size,
+        thumbnail_size=thumbnail_size,
+        overwrite=overwrite,
+        max_error_rate=max_error_rate,
+    )
+    from cdclean import records, run
+
+    folder = run.scan(settings, console)
+    console.result(str(folder), {"run": str(folder)} | records.load_summary(folder))
+    console.say("next: cdclean filter --quantile 0.1")
+
+
+@app.command(name="filter")
+def filter_(
+    run: Run = None,
+    quantile: Annotated[
+        float | None, typer.Option(help="Drop this share of the scored samples, smallest masks first.")
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Drop the samples whose mask norm, in pixels, is below this.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Clean copy. [default: ./<dataset name>-clean; a .csv with --mode list]")
+    ] = None,
+    mode: Annotated[ExportMode, typer.Option(help="How the copy is made; list writes a CSV of paths.")] = "copy",
+    quarantine: Annotated[Path | None, typer.Option(help="Folder for the dropped samples, same tree.")] = None,
+    unreadable: Annotated[Unreadable, typer.Option(help="What becomes of samples that have no score.")] = "drop",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, write nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier copy.")] = False,
+    config: ConfigFile = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a clean copy of the dataset, without the samples whose masks are smallest."""
+    console = _console(json, quiet)
+    from cdclean import records, selection, storage
+    from cdclean.export import export
+
+    folder = _chosen_run(run, console)
+    if quantile is None and threshold is None:
+        raise UsageError("filter needs a rule", hint="For example: cdclean filter --quantile 0.1")
+    chosen = selection.select(folder, quantile=quantile, threshold=threshold, unreadable=unreadable)
+    name = storage.from_text(records.load_run(folder)["dataset"]["name"])
+    target = out or Path(f"{name}-clean{'.csv' if mode == 'list' else ''}")
+    with console.progress("copying", total=chosen.kept, unit="files") as advance:
+        exported = export(
+            folder,
+            chosen.decisions,
+            target,
+            mode=mode,
+            quarantine=quarantine,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            progress=advance,
+        )
+    if not dry_run:
+        selection.write_decisions(folder, chosen)
+    _say_filtered(chosen, exported, dry_run, console)
+    names = ("rule", "cutoff", "samples", "kept", "dropped", "unreadable")
+    counts = {name: getattr(chosen, name) for name in names}
+    written = {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(exported).items()}
+    console.result(str(target), {"run": str(folder)} | counts | written)
+
+
+def _say_filtered(chosen: Selection, exported: Exported, dry_run: bool, console: Console) -> None:
+    would = "would be " if dry_run else ""
+    cutoff = "" if chosen.cutoff is None else f" (up to {chosen.cutoff:.1f} px)"
+    console.say(
+        f"{chosen.dropped} of {chosen.samples} samples {would}dropped: mask norm {chosen.rule}{cutoff}; "
+        f"{exported.files} {would}kept, with {exported.sidecars} other files, {exported.bytes / 1e6:.1f} MB"
+    )
+    if chosen.unreadable:
+        console.warn(f"{chosen.unreadable} samples have no score; --unreadable says what becomes of them")
+    if exported.quarantine:
+        console.say(f"{exported.quarantined} samples {would}put into {exported.quarantine}")
+    if exported.emptied:
+        console.warn(f"nothing is left of the classes {', '.join(exported.emptied)}; their folders stay, empty")
+    if exported.unscanned:
+        console.warn(f"{exported.unscanned} images came after the scan and {would or 'were '}left out: scan again")
+    if exported.skipped:
+        console.warn(f"{exported.skipped} links, pipes or unreadable folders {would or 'were '}left out")
+
+
+@app.command()
+def evaluate(
+    truth: Annotated[Path, typer.Option(help="CSV with the columns key and is_backdoor (0 or 1).")],
+    run: Run = None,
+    config: ConfigFile = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare the scores with known ground truth."""
+    console = _console(json, quiet)
+    from cdclean import evaluation
+
+    result = evaluation.evaluate(_chosen_run(run, console), truth)
+    rows = [
+        ("samples with a score and a truth", f"{result.samples}, of which {result.backdoored} backdoored"),
+        ("AUROC", f"{result.auroc:.4f}"),
+        ("average precision", f"{result.average_precision:.4f}"),
+        ("TPR at 1 % FPR", f"{result.tpr_at_1_fpr:.4f}"),
+        ("TPR at 5 % FPR", f"{result.tpr_at_5_fpr:.4f}"),
+        (f"backdoored among the {result.backdoored} smallest", f"{result.share_in_top:.1%}"),
+    ]
+    left_out = {"unscored": result.unscored, "not in the run": result.unmatched, "no truth": result.without_truth}
+    rows += [(f"left out: {why}", f"{count}") for why, count in left_out.items() if count]
+    console.result("\n".join(f"{name:36} {value}" for name, value in rows), dataclasses.asdict(result))
+
+
+@app.command()
+def status(
+    run: Annotated[Path | None, typer.Argument(help="Run folder; without one, the newest run in this folder.")] = None,
+    config: ConfigFile = None,
+    json: Json = False,
+) -> None:
+    """How far a scan is; it may be running in another terminal."""
+    console = _console(json)
+    from cdclean import events, records
+
+    state = events.status(run or records.newest_run(Path(), complete=False))
+    rate = f", {state.images_per_second:.1f} images/s" if state.images_per_second else ""
+    left = f", {duration(state.seconds_left)} left" if state.seconds_left else ""
+    failed = f", {state.failed} without a score" if state.failed else ""
+    last = f"\nlast error: {state.last_error}" if state.last_error else ""
+    text = f"{state.run}: {state.state}, {state.done} of {state.samples} samples{failed}{rate}{left}{last}"
+    console.result(text, dataclasses.asdict(state))
+
+
+@app.command()
+def show(
+    images: Annotated[list[str], typer.Argument(help="Image files, or keys of a run with --run.")],
+    model: Model,
+    run: Annotated[Path | None, typer.Option(help="Run folder whose keys may be named.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("patterns"),
+    device: Device = "auto",
+    arch: Arch = None,
+    input_size: InputSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    crop: Crop = None,
+    resize: ResizeMode = None,
+    trust_checkpoint: Trust = False,
+    objective: ObjectiveOption = None,
+    preset: PresetOption = "default",
+    steps: Steps = None,
+    learning_rate: LearningRate = None,
+    area_cost: AreaCost = None,
+    layer: Layer = None,
+    head: HeadOption = None,
+    precision: PrecisionOption = None,
+    seed: Seed = None,
+    config: ConfigFile = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Draw images, their masks and their cognitive patterns side by side, one PNG each."""
+    options = locals()
+    console = _console(json, quiet)
+    from cdclean import run as runs
+    from cdclean import show as drawing
+
+    named = [drawing.read_image(name, run) for name in images]
+    settings = ScanConfig("", _model_spec(options), _distill_config(options), device=device)
+    classifier, distill, device = runs.resolve(settings)
+    drawn = drawing.show(classifier, named, distill, device, out)
+    text = "\n".join(f"{shown.picture}  mask norm {shown.mask_norm:.1f}" for shown in drawn)
+    console.result(text, {"images": [dataclasses.asdict(shown) for shown in drawn]})
+
+
+@app.command()
+def train(
+    dataset: Annotated[str, typer.Argument(help="Folder of images, one subfolder a class.")],
+    arch: Annotated[str, typer.Option(help="timm:NAME")],
+) -> None:
+    """Train a probe network on a dataset, for who has no model that was."""
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Where to put it.")] = Path("cdclean-demo"),
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """All of it on data it brings along: plant a backdoor, find it, clean it. About a minute."""

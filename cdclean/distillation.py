@@ -1,0 +1,198 @@
+"""Cognitive Distillation: for every image, the least of it that still makes the model say the same thing.
+
+Huang et al., "Distilling Cognitive Backdoor Patterns within an Image", ICLR 2023 (arXiv 2301.10908), section 3.
+
+With x an image in [0, 1] and m a mask in [0, 1] of one channel, the model is shown x' = m * x + (1 - m) * colour, the
+masked-out part painted in a colour drawn anew at every step. The mask is what minimises
+
+    distance(f(x'), f(x))  +  area_cost * mean(m) + pixel_cost * sum(m)  +  smoothness * TV(m)
+
+A backdoored image needs its trigger and nothing else, so its mask is suspiciously small.
+
+Read on from top to bottom: what comes back, the public function, the loop, the distances, the fills. How a model is
+asked, and what its answer means, stands in answers.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cdclean.answers import Answer, frozen, recognise_head
+from cdclean.config import DistillConfig, Head
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What distillation found, for B images. Floating tensors are float32, or float64 if the images were."""
+
+    masks: Tensor  # [B, 1, H, W] in [0, 1]; 1 = the model needs this pixel
+    mask_norm: Tensor  # [B] L1 norm of the mask, in pixels: the score, small is suspicious
+    divergence: (
+        Tensor  # [B] distance of the model's answers to pattern and image, mean of the last quarter of the steps
+    )
+    total_variation: Tensor  # [B] roughness of the mask
+    steps: Tensor  # [B] int64, optimisation steps spent
+    patterns: Tensor  # [B, C, H, W] the cognitive pattern: images * masks
+    logits: Tensor | None  # [B, classes] of the unmasked image; None for a model without a flat output
+
+
+def distill(
+    model: nn.Module,
+    images: Tensor,
+    config: DistillConfig | None = None,
+    *,
+    seeds: Tensor | list[int] | None = None,
+    noise: Tensor | None = None,
+) -> Distilled:
+    """Find the mask of every image.
+
+    `model` takes pixels in [0, 1] (normalisation inside) and returns logits [B, classes], or whatever `config.layer`
+    makes comparable; it is used in evaluation mode with frozen parameters and handed back as it was.
+    `images` [B, C, H, W], float32 or float64, in [0, 1], on the model's device; float64 needs a float64 model.
+    `seeds` B integers, one an image: the colours of an image depend on its seed alone (default: `config.seed` for all).
+    `noise` [B, steps, C] in [0, 1] replaces the drawn colours.
+
+    An image's result does not depend on its neighbours: losses are summed, never averaged, and every micro-batch has
+    `config.batch_size` images, the last one padded, so that the same kernels run for each.
+
+    Raises ValueError for tensors of the wrong shape, dtype or range, ModelError for a model that gives no gradient or
+    whose answers mix the images of a batch.
+    """
+    config = config or DistillConfig()
+    _check(images, noise, config)
+    count, channels = images.shape[:2]
+    if noise is None:
+        noise = draw_noise([config.seed] * count if seeds is None else seeds, config.steps, channels)
+    if len(noise) != count:
+        raise ValueError(f"{len(noise)} seeds for {count} images")
+    noise = noise.to(images.device, images.dtype)
+    size = config.batch_size or max(count, 1)
+    with frozen(model):
+        head = recognise_head(model, images) if config.head == "auto" else config.head
+        batches = [
+            _optimise(model, _padded(images[i : i + size], size), _padded(noise[i : i + size], size), config, head)
+            for i in range(0, count, size)
+        ]
+    return _concatenate(batches, count, images)
+
+
+def _optimise(model: nn.Module, images: Tensor, noise: Tensor, config: DistillConfig, head: Head) -> Distilled:
+    """One micro-batch, `config.steps` steps of Adam on the mask alone."""
+    answer = Answer(model, config, head)
+    with torch.no_grad():
+        reference, output = answer(images.clone())  # a clone: the model may work in place
+    distance = _distance(reference, config, head)
+
+    # The mask is (tanh(w) + 1) / 2, which stays in [0, 1] whatever the optimiser does. It starts nearly open: w = 1.
+    w = torch.ones_like(images[:, :1]).requires_grad_()
+    optimiser = torch.optim.Adam([w], lr=config.learning_rate, betas=config.betas)
+    area, pixels = config.area_cost or 0.0, config.pixel_cost
+    late: list[Tensor] = []
+    for step in range(config.steps):
+        mask = (torch.tanh(w) + 1) / 2
+        colour = noise[:, step, :, None, None]
+        seen, _ = answer(mask * images + (1 - mask) * colour)
+        divergence = distance(seen)
+        price = area * mask.mean((1, 2, 3)) + pixels * mask.sum((1, 2, 3)) + config.smoothness * total_variation(mask)
+        (w.grad,) = torch.autograd.grad((divergence + price).sum(), w)
+        optimiser.step()
+        if step >= config.steps - max(1, config.steps // 4):
+            late.append(divergence.detach())
+
+    mask = (torch.tanh(w.detach()) + 1) / 2
+    return Distilled(
+        masks=mask,
+        mask_norm=mask.sum((1, 2, 3)),
+        divergence=torch.stack(late).mean(0),
+        total_variation=total_variation(mask),
+        steps=torch.full((len(mask),), config.steps),
+        patterns=images * mask,
+        logits=output,
+    )
+
+
+# --- Distances: how far the answer to the pattern is from the answer to the image, per image [B] ---
+
+
+def _distance(reference: Tensor, config: DistillConfig, head: Head) -> Callable[[Tensor], Tensor]:
+    """The distance to `reference`, prepared once. `head` is "softmax" or "sigmoid" here."""
+    if config.objective != "probabilities":
+        # Paper, section 3: mean absolute difference of logits (CD-L) or of a layer's output (CD-F).
+        # Divided by the reference's own spread it costs the same for every network, however large its logits.
+        apart = tuple(range(1, reference.ndim))
+        spread = reference.std(apart, correction=0).clamp_min(1e-6) if config.relative else 1.0
+        return lambda seen: (seen - reference).abs().mean(apart) / spread
+    if head == "sigmoid":  # independent yes/no classes: the divergences add up
+        yes, no = (F.logsigmoid(sign * reference / config.temperature) for sign in (1, -1))
+
+        def bernoulli(seen: Tensor) -> Tensor:
+            seen = seen / config.temperature
+            return (yes.exp() * (yes - F.logsigmoid(seen)) + no.exp() * (no - F.logsigmoid(-seen))).sum(1)
+
+        return bernoulli
+    target = F.log_softmax(reference / config.temperature, 1)
+    return lambda seen: F.kl_div(
+        F.log_softmax(seen / config.temperature, 1), target, reduction="none", log_target=True
+    ).sum(1)
+
+
+def total_variation(mask: Tensor) -> Tensor:
+    """Sum of squared differences of neighbouring pixels over the number of pixels; [B, 1, H, W] -> [B]."""
+    rows = (mask[..., 1:, :] - mask[..., :-1, :]).square().sum((1, 2, 3))
+    columns = (mask[..., :, 1:] - mask[..., :, :-1]).square().sum((1, 2, 3))
+    return (rows + columns) / mask[0].numel()
+
+
+# --- Fills: the colours that paint over what is masked out ---
+
+
+def sample_seed(seed: int, key: str) -> int:
+    """The seed of one sample: it depends on the run's seed and the sample's key, so never on its place in a run."""
+    return int.from_bytes(hashlib.sha256(f"{seed}\0{key}".encode()).digest()[:7], "big")
+
+
+def draw_noise(seeds: Tensor | list[int], steps: int, channels: int) -> Tensor:
+    """Uniform colours in [0, 1), float32 [B, steps, channels] on the CPU, row i drawn from seed i alone."""
+    drawn = torch.empty(len(seeds), steps, channels)
+    for row, seed in zip(drawn, seeds, strict=True):
+        torch.rand(steps, channels, generator=torch.Generator().manual_seed(int(seed)), out=row)
+    return drawn
+
+
+# --- Batches ---
+
+
+def _check(images: Tensor, noise: Tensor | None, config: DistillConfig) -> None:
+    if images.ndim != 4 or images.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"images must be float32 or float64 [B, C, H, W], not {images.dtype} {list(images.shape)}")
+    if images.numel() and not (images.min() >= 0 and images.max() <= 1):
+        raise ValueError("images must lie in [0, 1]: the model normalises, not the caller")
+    expected = (images.shape[0], config.steps, images.shape[1])
+    if noise is not None and noise.shape != expected:
+        raise ValueError(f"noise must be [B, steps, C] = {list(expected)}, not {list(noise.shape)}")
+
+
+def _padded(rows: Tensor, size: int) -> Tensor:
+    """`rows` [b, ...] with the first row repeated up to `size` rows."""
+    return torch.cat([rows, rows[:1].expand(size - len(rows), *rows.shape[1:])]) if len(rows) < size else rows
+
+
+def _concatenate(batches: list[Distilled], count: int, images: Tensor) -> Distilled:
+    """The micro-batches as one result, without the padding."""
+    if not batches:
+        none = images.new_zeros(0)
+        empty = images[:, :1].clone()
+        return Distilled(empty, none, none, none, torch.zeros(0, dtype=torch.int64), images.clone(), None)
+
+    def joined(name: str) -> Any:
+        parts = [getattr(batch, name) for batch in batches]
+        return None if parts[0] is None else torch.cat(parts)[:count]
+
+    return Distilled(**{field.name: joined(field.name) for field in fields(Distilled)})

@@ -1,0 +1,134 @@
+"""One image, its mask and its cognitive pattern side by side: what the model looks at, as a picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from cdclean import images, storage
+from cdclean.chunk import distil_pixels
+from cdclean.config import DistillConfig
+from cdclean.errors import DatasetError, SampleError
+from cdclean.models import Classifier
+
+PANEL = 256  # shortest side of one of the three pictures, in pixels
+_MARGIN, _LINE, _TEXT = 16, 22, 15  # pixels
+_INK, _FAINT, _PAPER = "#16181d", "#5b6270", "#ffffff"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One picture that was drawn, with the numbers that stand in it."""
+
+    name: str
+    picture: str
+    mask_norm: float  # in model-input pixels
+    mask_density: float  # in [0, 1]
+    prediction: str | None
+    confidence: float | None
+
+
+def read_image(name: str, run: Path | None) -> tuple[str, bytes]:
+    """Key and encoded bytes of an image: a file, or a key of `run`. Raises DatasetError where it is neither."""
+    path = storage.local_path(name)
+    if run is not None:
+        with (run / "manifest.parquet").open("rb") as file:
+            table = pq.read_table(file, columns=["url", "offset", "size"], filters=[("key", "=", name)])
+        if table.num_rows:
+            row = table.to_pylist()[0]
+            return name, storage.read_range(row["url"], row["offset"], row["size"])
+    try:
+        return storage.to_text(path), path.read_bytes()
+    except OSError as error:
+        where = f"neither a sample of {storage.to_text(run)} nor a file" if run else "not a file that can be read"
+        raise DatasetError(
+            f"{storage.to_text(path)} is {where}: {error.strerror}",
+            hint="Give the path of an image, or --run RUN and a key of its records.",
+        ) from error
+
+
+def show(
+    classifier: Classifier, named: list[tuple[str, bytes]], config: DistillConfig, device: str, folder: Path
+) -> list[Shown]:
+    """Distil the images, (key, encoded bytes) each, and write `<folder>/<name>.png` for each.
+
+    `classifier` is on `device`, and `config` is resolved (precision and head are set). A key's score is that of a scan
+    with the same settings. Raises DatasetError for an image that cannot be decoded.
+    """
+    transform = images.make_transform(classifier.geometry, classifier.mean)
+    decoded = []
+    for key, data in named:
+        try:
+            decoded.append(images.decode(data, transform, classifier.geometry.channels).pixels)
+        except SampleError as error:
+            raise DatasetError(f"{key}: {error.reason}") from error
+    keys = [key for key, _ in named]
+    config = replace(config, batch_size=config.batch_size or min(len(decoded), 8))
+    folder.mkdir(parents=True, exist_ok=True)
+    shown = []
+    for start in range(0, len(decoded), config.batch_size or 1):
+        pixels = torch.stack(decoded[start : start + (config.batch_size or 1)])
+        part = keys[start : start + len(pixels)]
+        distilled, scores = distil_pixels(classifier, pixels, part, config, device)
+        for key, image, mask, score in zip(part, pixels, distilled.masks.cpu(), scores, strict=True):
+            if "mask_norm" not in score:
+                raise DatasetError(f"{key}: {score['error']}")
+            path = _free_name(folder, key)
+            index = score.get("prediction")
+            known = classifier.class_names
+            prediction = None if index is None else known[index] if known else f"class {index}"
+            confidence = score.get("confidence")
+            answer = f"{prediction}, confidence {confidence:.3f}" if prediction else "no classifier"
+            norm = f"mask norm {score['mask_norm']:.1f} px, density {score['mask_density']:.3f}"
+            with storage.atomic_write(path) as file:
+                draw(image, mask, key, f"{norm}   |   {answer}").save(file, "PNG")
+            shown.append(Shown(key, str(path), score["mask_norm"], score["mask_density"], prediction, confidence))
+    return shown
+
+
+def draw(pixels: torch.Tensor, mask: torch.Tensor, title: str, caption: str) -> Image.Image:
+    """Image uint8 [C, H, W], mask float [1, H, W] in [0, 1] and their product, side by side, titled and captioned."""
+    panels = [pixels, (mask * 255).round().to(torch.uint8), (pixels * mask).round().to(torch.uint8)]
+    height, width = pixels.shape[1:]
+    factor = max(1, -(-PANEL // min(height, width)))  # whole, so that every pixel stays a square
+    width, height = width * factor, height * factor
+    top = _MARGIN + 2 * _LINE
+    size = (3 * width + 4 * _MARGIN, top + height + _LINE + 2 * _MARGIN)
+    sheet = Image.new("RGB", size, _PAPER)
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(_TEXT)
+    pen.text((_MARGIN, _MARGIN - 4), _fitted(title, font, size[0] - 2 * _MARGIN), _INK, font)
+    for place, (name, panel) in enumerate(zip(("image", "mask", "cognitive pattern"), panels, strict=True)):
+        left = _MARGIN + place * (width + _MARGIN)
+        pen.text((left, _MARGIN + _LINE), name, _FAINT, font)
+        array = panel.squeeze(0).numpy() if panel.shape[0] == 1 else panel.permute(1, 2, 0).numpy()
+        sheet.paste(
+            Image.fromarray(array).convert("RGB").resize((width, height), Image.Resampling.NEAREST), (left, top)
+        )
+        pen.rectangle((left - 1, top - 1, left + width, top + height), outline="#d5d9e0")
+    pen.text((_MARGIN, top + height + _MARGIN // 2 + 4), _fitted(caption, font, size[0] - 2 * _MARGIN), _INK, font)
+    return sheet
+
+
+def _fitted(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """`text` on one line of printable characters, its beginning left out where it is wider than `width` pixels."""
+    line = "".join(letter if letter.isprintable() else "?" for letter in text)
+    cut = line
+    while cut and font.getlength(cut if cut == line else f"...{cut}") > width:
+        cut = cut[1:]
+    return cut if cut == line else f"...{cut}"
+
+
+def _free_name(folder: Path, key: str) -> Path:
+    """`<folder>/<last part of the key>.png`, numbered where that is taken: nothing is replaced."""
+    stem = Path(key).name
+    path = folder / f"{stem}.png"
+    number = 2
+    while path.exists():
+        path = folder / f"{stem}-{number}.png"
+        number += 1
+    return path
