@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from cdclean.config import DistillConfig, Head, Precision
 from cdclean.errors import ModelError
 
+_PROBES = 8  # images that tell what the outputs are
+
 
 class Answer:
     """Calls the model; gives what the objective compares, and the flat output as logits (None if there is none)."""
@@ -62,19 +64,19 @@ def _as_logits(output: Tensor, head: Head) -> Tensor:
 
 @torch.no_grad()
 def recognise_head(model: nn.Module, like: Tensor) -> Head:
-    """What the numbers of `model`'s output mean, from its answers to eight fixed images of noise.
+    """What the numbers of `model`'s output mean, from its answers to a few fixed images of noise.
 
-    `like` [B, C, H, W] gives shape, dtype and device. Outputs inside [0, 1] are probabilities: of exclusive classes
+    `like` [B, C, H, W] gives shape (programs may be exported for one batch size), dtype and device. Outputs inside [0, 1] are probabilities: of exclusive classes
     where they sum to 1, of independent ones where not. A single output outside [0, 1] is a yes/no logit. The answer
     to many logits is "softmax": a multi-label network that returns logits must be told (`head="sigmoid"`).
     """
-    shape = (8, *like.shape[1:])
-    probe = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
-    output = first_tensor(model(probe)).float()
+    generator = torch.Generator().manual_seed(0)
+    probes = [torch.rand(like.shape, generator=generator) for _ in range(-(-_PROBES // len(like)))]
+    output = torch.cat([first_tensor(model(probe.to(like.device, like.dtype))) for probe in probes])
     if output.ndim != 2:
         return "softmax"  # no classifier: never asked
     if ((output >= 0) & (output <= 1)).all():
-        exclusive = output.shape[1] > 1 and torch.allclose(output.sum(1), torch.ones(8).to(output), atol=1e-3)
+        exclusive = output.shape[1] > 1 and torch.allclose(output.sum(1), torch.ones_like(output[:, 0]), atol=1e-3)
         return "probabilities" if exclusive else "sigmoid-probabilities"
     return "sigmoid" if output.shape[1] == 1 else "softmax"
 

@@ -53,12 +53,15 @@ class ChunkWorker:
     model: ModelSpec
     distill: DistillConfig  # resolved: batch_size, precision, head and layer are set
     device: str  # a torch device
+    threads: int | None  # of one operation on the CPU, the run's own wherever it is resumed; None on other devices
     thumbnail_size: int
     labels: tuple[int | None, ...] | None  # the model's class of each class of the dataset; None: not comparable
 
     def __call__(self, chunk: int, progress: Callable[[int], object]) -> ChunkReport:
         """Score chunk number `chunk`, write its part, call `progress(samples)` now and then."""
         started = time.monotonic()
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
         samples = read_chunk(self.run / "manifest.parquet", chunk)
         classifier = classifier_on(self.model, self.device, self.distill.precision)
         rows = [asdict(sample) for sample in samples]
@@ -179,7 +182,7 @@ def distil_pixels(
     if config.precision in ("bf16", "fp16") and not _finite(distilled).all():
         again = distill(classifier.module, images, replace(config, precision="fp32"), seeds=seeds)
         distilled = _merge(distilled, again, ~_finite(distilled))
-    return distilled, list(_scores(distilled, config))
+    return distilled, list(_scores(distilled, config, classifier.classes))
 
 
 def _finite(distilled: Distilled) -> Tensor:
@@ -199,7 +202,7 @@ def _merge(first: Distilled, second: Distilled, rows: Tensor) -> Distilled:
     return Distilled(**chosen)
 
 
-def _scores(distilled: Distilled, config: DistillConfig) -> Iterator[dict[str, Any]]:
+def _scores(distilled: Distilled, config: DistillConfig, classes: int) -> Iterator[dict[str, Any]]:
     """The columns of the records that distillation gives, one dict a sample."""
     pixels = distilled.masks[0].numel()
     columns: dict[str, list[Any]] = {
@@ -209,7 +212,7 @@ def _scores(distilled: Distilled, config: DistillConfig) -> Iterator[dict[str, A
         "total_variation": distilled.total_variation.tolist(),
         "steps": distilled.steps.tolist(),
     }
-    if distilled.logits is not None:
+    if distilled.logits is not None and classes:
         logits = distilled.logits.float()
         independent = config.head in ("sigmoid", "sigmoid-probabilities")
         probability = logits.sigmoid() if independent else logits.softmax(1)

@@ -75,7 +75,7 @@ def distill(
     noise = noise.to(images.device, images.dtype)
     size = config.batch_size or max(count, 1)
     with frozen(model):
-        head = recognise_head(model, images) if config.head == "auto" else config.head
+        head = recognise_head(model, images[:1].expand(size, -1, -1, -1)) if config.head == "auto" else config.head
         batches = [
             _optimise(model, _padded(images[i : i + size], size), _padded(noise[i : i + size], size), config, head)
             for i in range(0, count, size)

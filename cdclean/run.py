@@ -122,6 +122,7 @@ def _begin(
     """Load the model, list the samples, and write run.json last: with it the run has begun."""
     _clear(run)
     classifier, distill, device = resolve(settings)
+    threads = torch_threads(device)
     size = settings.chunk_size or config.chunk_size(classifier.geometry, device.split(":")[0])
     with console.progress("indexing", total=0, unit="files") as advance:
         index = manifest.write(run / "manifest.parquet", dataset, size, advance)
@@ -138,9 +139,12 @@ def _begin(
         },
         "model": classifier.describe(),
         "config": asked,
-        "fingerprint": config.fingerprint([asked, index.digest, config.to_dict(distill), device.split(":")[0]]),
+        "fingerprint": config.fingerprint(
+            [asked, index.digest, config.to_dict(distill), device.split(":")[0], threads]
+        ),
         "plan": {
             "device": device.split(":")[0],
+            "threads": threads,
             "chunk_size": size,
             "chunks": index.chunks,
             "batch_size": distill.batch_size,
@@ -204,6 +208,13 @@ def resolve_device(name: str) -> str:
     return "cuda:0" if name == "cuda" else name
 
 
+def torch_threads(device: str) -> int | None:
+    """Threads of an operation on the CPU; None on other devices. It is part of the plan: it changes how sums round."""
+    import torch
+
+    return torch.get_num_threads() if device == "cpu" else None
+
+
 def _resume(
     run: Path, settings: ScanConfig, asked: dict[str, Any], dataset: datasets.Dataset, console: Console
 ) -> dict[str, Any]:
@@ -246,6 +257,7 @@ def _score(run: Path, settings: ScanConfig, content: dict[str, Any], console: Co
         model=settings.model,
         distill=replace(settings.distill, **{name: plan[name] for name in names}),
         device=resolve_device(settings.device),
+        threads=plan["threads"],
         thumbnail_size=settings.thumbnail_size,
         labels=summary.model_labels(data["classes"], model["class_names"], model["classes"]),
     )

