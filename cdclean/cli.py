@@ -15,18 +15,22 @@ from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup, TyperOption
 
 from cdclean import __version__
 from cdclean.config import (
+    Augment,
     DistillConfig,
     ExportMode,
     Head,
     ModelSpec,
     Objective,
+    Optimizer,
     Precision,
     Preset,
     Resize,
     ScanConfig,
+    TrainPrecision,
     Unreadable,
     paper,
 )
@@ -37,10 +41,23 @@ if TYPE_CHECKING:
     from cdclean.export import Exported
     from cdclean.selection import Selection
 
+
+class _Commands(TyperGroup):
+    """Leaves the variable of every option out of the help texts, which it would double; the epilog has the rule."""
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        command = super().get_command(ctx, cmd_name)
+        for parameter in command.params if command else ():
+            if isinstance(parameter, TyperOption):
+                parameter.show_envvar = False
+        return command
+
+
 app = typer.Typer(
     name="cdclean",
+    cls=_Commands,
     help="Find backdoored images in a training set, and write a clean copy of it.",
-    epilog="Start with:  cdclean demo",
+    epilog="Start with:  cdclean demo\n\nEvery option is a variable too: scan --chunk-size is CDCLEAN_SCAN_CHUNK_SIZE.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "CDCLEAN"},
@@ -142,7 +159,7 @@ Trust = Annotated[
 _DISTILL = "Distillation"
 ObjectiveOption = Annotated[
     Objective | None,
-    typer.Option(help="What the pattern must keep. [default: probabilities]", rich_help_panel=_DISTILL),
+    typer.Option(help="What the pattern must keep. Default: probabilities.", rich_help_panel=_DISTILL),
 ]
 PresetOption = Annotated[
     Preset, typer.Option(help="paper: the published settings (logits or features).", rich_help_panel=_DISTILL)
@@ -154,18 +171,18 @@ AreaCost = Annotated[
 ]
 Layer = Annotated[
     str | None,
-    typer.Option(help="Module that features compares. [default: the last map]", rich_help_panel=_DISTILL),
+    typer.Option(help="Module that features compares. Default: the last map.", rich_help_panel=_DISTILL),
 ]
 HeadOption = Annotated[
-    Head | None, typer.Option(help="What the model's outputs are. [default: auto]", rich_help_panel=_DISTILL)
+    Head | None, typer.Option(help="What the model's outputs are. Default: auto.", rich_help_panel=_DISTILL)
 ]
 PrecisionOption = Annotated[
-    Precision | None, typer.Option(help="Of the model. [default: auto]", rich_help_panel=_DISTILL)
+    Precision | None, typer.Option(help="Of the model. Default: auto.", rich_help_panel=_DISTILL)
 ]
 BatchSize = Annotated[
-    int | None, typer.Option(help="Images a micro-batch. [default: by device and size]", rich_help_panel=_DISTILL)
+    int | None, typer.Option(help="Images a micro-batch. Default: by device and size.", rich_help_panel=_DISTILL)
 ]
-Seed = Annotated[int | None, typer.Option(help="Of the colours. [default: 0]", rich_help_panel=_DISTILL)]
+Seed = Annotated[int | None, typer.Option(help="Of the colours. Default: 0.", rich_help_panel=_DISTILL)]
 
 
 def _console(json: bool = False, quiet: bool = False) -> Console:
@@ -230,7 +247,8 @@ def _version(value: bool) -> None:
 @app.callback()
 def _top(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+        bool,
+        typer.Option("--version", help="Print the version.", callback=_version, is_eager=True, show_envvar=False),
     ] = False,
 ) -> None:
     pass
@@ -243,10 +261,10 @@ def _top(
 def scan(
     dataset: Annotated[str, typer.Argument(help="Folder of images, one subfolder a class.")],
     model: Model,
-    out: Annotated[str | None, typer.Option(help="Run folder. [default: ./<dataset name>.cdclean]")] = None,
+    out: Annotated[str | None, typer.Option(help="Run folder. Default: ./<dataset name>.cdclean.")] = None,
     device: Device = "auto",
     chunk_size: Annotated[
-        int | None, typer.Option(help="Samples a chunk: what a kill can lose. [default: by device and size]")
+        int | None, typer.Option(help="Samples a chunk: what a kill can lose. Default: by device and size.")
     ] = None,
     thumbnail_size: Annotated[int, typer.Option(help="Longest side in pixels; 0 for none.")] = 96,
     max_error_rate: Annotated[
@@ -305,7 +323,7 @@ def filter_(
         float | None, typer.Option(help="Drop the samples whose mask norm, in pixels, is below this.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Clean copy. [default: ./<dataset name>-clean; a .csv with --mode list]")
+        Path | None, typer.Option(help="Clean copy. Default: ./<dataset name>-clean; a .csv with --mode list.")
     ] = None,
     mode: Annotated[ExportMode, typer.Option(help="How the copy is made; list writes a CSV of paths.")] = "copy",
     quarantine: Annotated[Path | None, typer.Option(help="Folder for the dropped samples, same tree.")] = None,
@@ -455,9 +473,56 @@ def show(
 @app.command()
 def train(
     dataset: Annotated[str, typer.Argument(help="Folder of images, one subfolder a class.")],
-    arch: Annotated[str, typer.Option(help="timm:NAME")],
+    arch: Annotated[str, typer.Option(help="Network: timm:NAME.")],
+    out: Annotated[str, typer.Option(help="Checkpoint; --model takes it without --arch.")] = "probe.pt",
+    epochs: Annotated[int, typer.Option(help="Passes over the dataset.")] = 12,
+    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 128,
+    optimizer: Annotated[Optimizer, typer.Option(help="With a one-cycle schedule.")] = "adamw",
+    learning_rate: Annotated[float | None, typer.Option(help="At its peak. Default: by optimizer.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="[default: by optimizer]")] = None,
+    augment: Annotated[Augment, typer.Option(help="flip-crop: random mirror and shift.")] = "none",
+    pretrained: Annotated[str | None, typer.Option(help="Checkpoint to start from; its classes may differ.")] = None,
+    input_size: InputSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    device: Device = "auto",
+    precision: Annotated[TrainPrecision, typer.Option(help="auto: bf16 where the device is quicker with it.")] = "auto",
+    workers: Annotated[int | None, typer.Option(help="Decoding threads. Default: one a core.")] = None,
+    seed: Annotated[int, typer.Option(help="Of weights, order and augmentation.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier checkpoint.")] = False,
+    config: ConfigFile = None,
+    json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Train a probe network on a dataset, for who has no model that was."""
+    """Train a probe on a dataset, if you have no model that was: only such a model betrays its triggers. Resumes."""
+    console = _console(json, quiet)
+    from cdclean import training
+
+    trained = training.train(
+        training.TrainConfig(
+            dataset=dataset,
+            arch=arch,
+            out=out,
+            epochs=epochs,
+            batch_size=batch_size,
+            optimizer=optimizer,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            augment=augment,
+            pretrained=pretrained,
+            input_size=_size(input_size),
+            mean=_numbers(mean, "--mean"),
+            std=_numbers(std, "--std"),
+            device=device,
+            precision=precision,
+            workers=workers,
+            seed=seed,
+            overwrite=overwrite,
+        ),
+        console,
+    )
+    console.result(str(trained.path), {n: str(v) if isinstance(v, Path) else v for n, v in vars(trained).items()})
+    console.say(f"next: cdclean scan {dataset} --model {trained.path}")
 
 
 @app.command()

@@ -20,6 +20,9 @@ Resize = Literal["center", "squash", "border"]
 Preset = Literal["default", "paper"]
 ExportMode = Literal["copy", "hardlink", "symlink", "list"]
 Unreadable = Literal["drop", "keep"]
+Augment = Literal["none", "flip-crop"]
+Optimizer = Literal["adamw", "sgd"]
+TrainPrecision = Literal["auto", "fp32", "bf16"]
 
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
 # A full mask costs so much: nats for probabilities, standard deviations of the reference for the other two.

@@ -97,12 +97,14 @@ def changes(path: Path, dataset: Dataset, digest: str) -> list[str]:
     keys, *rest = (table[name].to_pylist() for name in ("key", "size", "problem"))
     before = dict(zip(keys, zip(*rest, strict=True), strict=True))
     after = {sample.key: (sample.size, sample.problem) for sample in datasets.samples(dataset)}
-    added = [key for key in after if key not in before]
-    removed = [key for key in before if key not in after]
-    changed = [key for key, value in after.items() if key in before and before[key] != value]
+    found: dict[str, list[str]] = {
+        "added": [key for key in after if key not in before],
+        "removed": [str(key) for key in before if key not in after],
+        "changed": [key for key, value in after.items() if key in before and before[key] != value],
+    }
     return [
         f"dataset: {len(keys)} samples {what}: {', '.join(keys[:_NAMED])}{', ...' if len(keys) > _NAMED else ''}"
-        for what, keys in (("added", added), ("removed", removed), ("changed", changed))
+        for what, keys in found.items()
         if keys
     ] or ["dataset: its samples are the same, in another order"]
 
