@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from cdclean.distillation import Distilled, distill
     from cdclean.errors import CdcleanError
     from cdclean.evaluation import evaluate
-    from cdclean.export import export
+    from cdclean.exporting import export
     from cdclean.run import scan
     from cdclean.selection import select
 
@@ -27,7 +27,7 @@ _HOME = {
     "distill": "distillation",
     "CdcleanError": "errors",
     "evaluate": "evaluation",
-    "export": "export",
+    "export": "exporting",
     "scan": "run",
     "select": "selection",
 }

@@ -66,9 +66,10 @@ def _as_logits(output: Tensor, head: Head) -> Tensor:
 def recognise_head(model: nn.Module, like: Tensor) -> Head:
     """What the numbers of `model`'s output mean, from its answers to a few fixed images of noise.
 
-    `like` [B, C, H, W] gives shape (programs may be exported for one batch size), dtype and device. Outputs inside [0, 1] are probabilities: of exclusive classes
-    where they sum to 1, of independent ones where not. A single output outside [0, 1] is a yes/no logit. The answer
-    to many logits is "softmax": a multi-label network that returns logits must be told (`head="sigmoid"`).
+    `like` [B, C, H, W] gives shape (programs may be exported for one batch size), dtype and device. Outputs inside
+    [0, 1] are probabilities: of exclusive classes where they sum to 1, of independent ones where not. A single output
+    outside [0, 1] is a yes/no logit. The answer to many logits is "softmax": a multi-label network that returns
+    logits must be told (`head="sigmoid"`).
     """
     generator = torch.Generator().manual_seed(0)
     probes = [torch.rand(like.shape, generator=generator) for _ in range(-(-_PROBES // len(like)))]

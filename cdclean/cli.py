@@ -9,7 +9,6 @@ import dataclasses
 import os
 import signal
 import sys
-import tomllib
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -17,28 +16,45 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup, TyperOption
 
-from cdclean import __version__
+from cdclean import __version__, options
 from cdclean.config import (
     Augment,
-    DistillConfig,
     ExportMode,
-    Head,
-    ModelSpec,
-    Objective,
     Optimizer,
-    Precision,
-    Preset,
-    Resize,
     ScanConfig,
     TrainPrecision,
     Unreadable,
-    paper,
 )
 from cdclean.console import Console, duration
 from cdclean.errors import CdcleanError, StoppedError, UsageError, exit_code
+from cdclean.options import (
+    Arch,
+    AreaCost,
+    BatchSize,
+    ConfigFile,
+    Crop,
+    Device,
+    HeadOption,
+    InputSize,
+    Json,
+    Layer,
+    LearningRate,
+    Mean,
+    Model,
+    ObjectiveOption,
+    PrecisionOption,
+    PresetOption,
+    Quiet,
+    ResizeMode,
+    Run,
+    Seed,
+    Std,
+    Steps,
+    Trust,
+)
 
 if TYPE_CHECKING:
-    from cdclean.export import Exported
+    from cdclean.exporting import Exported
     from cdclean.selection import Selection
 
 
@@ -91,150 +107,22 @@ def _raise_on_signals() -> None:
         signal.signal(number, stop)
 
 
-# --- Options that several commands share ---
-
-
-def _load_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Options from a TOML file, as defaults: flags and CDCLEAN_* variables stand above them."""
-    if path is None:
-        return None
-    try:
-        content = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"cannot read the settings in {path}: {error}") from error
-    known = {parameter.name for parameter in context.command.params} - {"config"}
-    mine = {name.replace("-", "_"): value for name, value in content.get(context.info_name or "", {}).items()}
-    if unknown := sorted(mine.keys() - known):
-        raise UsageError(
-            f"{path}: [{context.info_name}] has no option {', '.join(unknown)}",
-            hint=f"It has: {', '.join(sorted(name for name in known if name))}",
-        )
-    context.default_map = mine
-    return path
-
-
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say only what goes wrong.")]
-ConfigFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--config", help="TOML file with a table of options per command.", callback=_load_config, is_eager=True
-    ),
-]
-Run = Annotated[Path | None, typer.Argument(help="Run folder; without one, the newest complete run in this folder.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
-
-_MODEL = "Model"
-Model = Annotated[
-    str,
-    typer.Option(help="Checkpoint file, or timm:NAME, hf-hub:NAME, local-dir:PATH.", rich_help_panel=_MODEL),
-]
-Arch = Annotated[
-    str | None,
-    typer.Option(help="timm name or package.module:factory, where the file does not say.", rich_help_panel=_MODEL),
-]
-InputSize = Annotated[
-    str | None, typer.Option(help="Pixels: 224, or HEIGHTxWIDTH.", metavar="SIZE", rich_help_panel=_MODEL)
-]
-Mean = Annotated[
-    str | None,
-    typer.Option(help="Per channel, of pixels in [0, 1]: 0.485,0.456,0.406", rich_help_panel=_MODEL),
-]
-Std = Annotated[str | None, typer.Option(help="Per channel, as --mean.", rich_help_panel=_MODEL)]
-Crop = Annotated[
-    float | None, typer.Option(help="Share of the resized image that is kept, per side.", rich_help_panel=_MODEL)
-]
-ResizeMode = Annotated[
-    Resize | None, typer.Option("--resize", help="How an image is fitted to the input.", rich_help_panel=_MODEL)
-]
-Trust = Annotated[
-    bool,
-    typer.Option(
-        "--trust-checkpoint",
-        help="Allow a checkpoint that is a program (pickle, TorchScript, export): it can run any code.",
-        rich_help_panel=_MODEL,
-    ),
-]
-
-_DISTILL = "Distillation"
-ObjectiveOption = Annotated[
-    Objective | None,
-    typer.Option(help="What the pattern must keep. Default: probabilities.", rich_help_panel=_DISTILL),
-]
-PresetOption = Annotated[
-    Preset, typer.Option(help="paper: the published settings (logits or features).", rich_help_panel=_DISTILL)
-]
-Steps = Annotated[int | None, typer.Option(help="Optimisation steps an image.", rich_help_panel=_DISTILL)]
-LearningRate = Annotated[float | None, typer.Option(help="Of the mask.", rich_help_panel=_DISTILL)]
-AreaCost = Annotated[
-    float | None, typer.Option(help="Price of a full mask, in nats for probabilities.", rich_help_panel=_DISTILL)
-]
-Layer = Annotated[
-    str | None,
-    typer.Option(help="Module that features compares. Default: the last map.", rich_help_panel=_DISTILL),
-]
-HeadOption = Annotated[
-    Head | None, typer.Option(help="What the model's outputs are. Default: auto.", rich_help_panel=_DISTILL)
-]
-PrecisionOption = Annotated[
-    Precision | None, typer.Option(help="Of the model. Default: auto.", rich_help_panel=_DISTILL)
-]
-BatchSize = Annotated[
-    int | None, typer.Option(help="Images a micro-batch. Default: by device and size.", rich_help_panel=_DISTILL)
-]
-Seed = Annotated[int | None, typer.Option(help="Of the colours. Default: 0.", rich_help_panel=_DISTILL)]
+# --- What the commands share ---
 
 
 def _console(json: bool = False, quiet: bool = False) -> Console:
     return Console("json" if json else "quiet" if quiet else "human")
 
 
-def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
-    try:
-        return None if text is None else tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise UsageError(f"{option} takes numbers separated by commas, not {text!r}") from error
-
-
-def _size(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    parts = text.lower().split("x")
-    if len(parts) not in (1, 2) or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise UsageError(f"--input-size takes 224 or HEIGHTxWIDTH, not {text!r}")
-    return int(parts[0]), int(parts[-1])
-
-
-def _model_spec(options: dict[str, Any]) -> ModelSpec:
-    return ModelSpec(
-        source=options["model"],
-        arch=options["arch"],
-        input_size=_size(options["input_size"]),
-        mean=_numbers(options["mean"], "--mean"),
-        std=_numbers(options["std"], "--std"),
-        crop=options["crop"],
-        resize=options["resize"],
-        trust_checkpoint=options["trust_checkpoint"],
-    )
-
-
-def _distill_config(options: dict[str, Any]) -> DistillConfig:
-    """The preset, with what was given on the command line put over it."""
-    given = {field.name: options.get(field.name) for field in dataclasses.fields(DistillConfig)}
-    chosen = {name: value for name, value in given.items() if value is not None}
-    if options["preset"] == "paper":
-        return dataclasses.replace(paper(chosen.pop("objective", "logits")), **chosen)
-    return DistillConfig(**chosen)
-
-
 def _chosen_run(run: Path | None, console: Console) -> Path:
     """The run that was named, or the newest complete one here, which is then said."""
     from cdclean.records import newest_run
+    from cdclean.storage import to_text
 
     if run is not None:
         return run
     newest = newest_run(Path())
-    console.say(f"run: {newest}")
+    console.say(f"run: {to_text(newest)}")
     return newest
 
 
@@ -248,7 +136,9 @@ def _version(value: bool) -> None:
 def _top(
     version: Annotated[
         bool,
-        typer.Option("--version", help="Print the version.", callback=_version, is_eager=True, show_envvar=False),
+        typer.Option(
+            "--version", help="Print the version.", callback=_version, is_eager=True, allow_from_autoenv=False
+        ),
     ] = False,
 ) -> None:
     pass
@@ -293,12 +183,12 @@ def scan(
     quiet: Quiet = False,
 ) -> None:
     """Score every image: how little of it the model needs. Run again, it resumes."""
-    options = locals()
+    given = locals()
     console = _console(json, quiet)
     settings = ScanConfig(
         dataset=dataset,
-        model=_model_spec(options),
-        distill=_distill_config(options),
+        model=options.model_spec(given),
+        distill=options.distill_config(given),
         out=out,
         device=device,
         chunk_size=chunk_size,
@@ -306,10 +196,10 @@ def scan(
         overwrite=overwrite,
         max_error_rate=max_error_rate,
     )
-    from cdclean import records, run
+    from cdclean import records, run, storage
 
     folder = run.scan(settings, console)
-    console.result(str(folder), {"run": str(folder)} | records.load_summary(folder))
+    console.result(storage.to_text(folder), {"run": storage.to_text(folder)} | records.load_summary(folder))
     console.say("next: cdclean filter --quantile 0.1")
 
 
@@ -337,7 +227,7 @@ def filter_(
     """Write a clean copy of the dataset, without the samples whose masks are smallest."""
     console = _console(json, quiet)
     from cdclean import records, selection, storage
-    from cdclean.export import export
+    from cdclean.exporting import export
 
     folder = _chosen_run(run, console)
     if quantile is None and threshold is None:
@@ -345,7 +235,8 @@ def filter_(
     chosen = selection.select(folder, quantile=quantile, threshold=threshold, unreadable=unreadable)
     name = storage.from_text(records.load_run(folder)["dataset"]["name"])
     target = out or Path(f"{name}-clean{'.csv' if mode == 'list' else ''}")
-    with console.progress("copying", total=chosen.kept, unit="files") as advance:
+    copied = chosen.kept + (chosen.dropped if quarantine else 0) + (chosen.unreadable if unreadable == "keep" else 0)
+    with console.progress("copying", total=copied, unit="files") as advance:
         exported = export(
             folder,
             chosen.decisions,
@@ -361,8 +252,10 @@ def filter_(
     _say_filtered(chosen, exported, dry_run, console)
     names = ("rule", "cutoff", "samples", "kept", "dropped", "unreadable")
     counts = {name: getattr(chosen, name) for name in names}
-    written = {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(exported).items()}
-    console.result(str(target), {"run": str(folder)} | counts | written)
+    written = {
+        name: storage.to_text(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(exported).items()
+    }
+    console.result(storage.to_text(target), {"run": storage.to_text(folder)} | counts | written)
 
 
 def _say_filtered(chosen: Selection, exported: Exported, dry_run: bool, console: Console) -> None:
@@ -375,7 +268,7 @@ def _say_filtered(chosen: Selection, exported: Exported, dry_run: bool, console:
     if chosen.unreadable:
         console.warn(f"{chosen.unreadable} samples have no score; --unreadable says what becomes of them")
     if exported.quarantine:
-        console.say(f"{exported.quarantined} samples {would}put into {exported.quarantine}")
+        console.say(f"{exported.quarantined} samples {would}put into quarantine")
     if exported.emptied:
         console.warn(f"nothing is left of the classes {', '.join(exported.emptied)}; their folders stay, empty")
     if exported.unscanned:
@@ -457,13 +350,13 @@ def show(
     quiet: Quiet = False,
 ) -> None:
     """Draw images, their masks and their cognitive patterns side by side, one PNG each."""
-    options = locals()
+    given = locals()
     console = _console(json, quiet)
     from cdclean import run as runs
     from cdclean import show as drawing
 
     named = [drawing.read_image(name, run) for name in images]
-    settings = ScanConfig("", _model_spec(options), _distill_config(options), device=device)
+    settings = ScanConfig("", options.model_spec(given), options.distill_config(given), device=device)
     classifier, distill, device = runs.resolve(settings)
     drawn = drawing.show(classifier, named, distill, device, out)
     text = "\n".join(f"{shown.picture}  mask norm {shown.mask_norm:.1f}" for shown in drawn)
@@ -510,9 +403,9 @@ def train(
             weight_decay=weight_decay,
             augment=augment,
             pretrained=pretrained,
-            input_size=_size(input_size),
-            mean=_numbers(mean, "--mean"),
-            std=_numbers(std, "--std"),
+            input_size=options.size(input_size),
+            mean=options.numbers(mean, "--mean"),
+            std=options.numbers(std, "--std"),
             device=device,
             precision=precision,
             workers=workers,

@@ -40,9 +40,7 @@ class Console:
             print(f"  -> {error.hint}", file=sys.stderr, flush=True)
 
     @contextmanager
-    def progress(
-        self, what: str, total: int, done: int = 0, unit: str = "images"
-    ) -> Iterator[Callable[[int], object]]:
+    def progress(self, what: str, total: int, done: int = 0, unit: str = "images") -> Iterator[Callable[[int], object]]:
         """Gives `advance(n)`. A bar with rate and ETA on a terminal; elsewhere a line every 30 seconds."""
         if self.mode == "quiet":
             yield lambda _: None

@@ -166,6 +166,7 @@ def resolve(settings: ScanConfig) -> tuple[Classifier, DistillConfig, str]:
 
     from cdclean.answers import find_layer, recognise_head
     from cdclean.chunk import classifier_on
+    from cdclean.models import resolve_device
 
     device = resolve_device(settings.device)
     kind = device.split(":")[0]
@@ -190,24 +191,6 @@ def resolve(settings: ScanConfig) -> tuple[Classifier, DistillConfig, str]:
     return classifier, replace(distill, precision=precision, batch_size=size), device
 
 
-def resolve_device(name: str) -> str:
-    """`auto` is CUDA, else Apple's MPS, else the CPU. Raises UsageError for a device that is not there."""
-    import torch
-
-    if name == "auto":
-        if torch.cuda.is_available():
-            return "cuda:0"
-        return "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(
-            f"device {name!r} cannot be used: {reason}", hint="--device takes auto, cpu, cuda, cuda:1, mps."
-        ) from error
-    return "cuda:0" if name == "cuda" else name
-
-
 def torch_threads(device: str) -> int | None:
     """Threads of an operation on the CPU; None on other devices. It is part of the plan: it changes how sums round."""
     import torch
@@ -226,6 +209,8 @@ def _resume(
         lines.append(f"chunk_size: {plan['chunk_size']} in the run, {settings.chunk_size} now")
     complete = (run / "_SUCCESS").exists()
     if not complete:
+        from cdclean.models import resolve_device
+
         kind = resolve_device(settings.device).split(":")[0]
         if kind != plan["device"]:
             lines.append(f"device: {plan['device']!r} in the run, {kind!r} now")
@@ -249,6 +234,7 @@ def _resume(
 def _score(run: Path, settings: ScanConfig, content: dict[str, Any], console: Console) -> None:
     from cdclean.chunk import ChunkWorker
     from cdclean.engines import serial
+    from cdclean.models import resolve_device
 
     plan, model, data = content["plan"], content["model"], content["dataset"]
     names = ("batch_size", "precision", "head", "layer")

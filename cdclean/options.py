@@ -1,0 +1,142 @@
+"""Options that several commands share: their names, help texts and how their text is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cdclean.config import DistillConfig, Head, ModelSpec, Objective, Precision, Preset, Resize, paper
+from cdclean.errors import UsageError
+
+
+def _load_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Options from a TOML file, as defaults: flags and CDCLEAN_* variables stand above them."""
+    if path is None:
+        return None
+    try:
+        content = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"cannot read the settings in {path}: {error}") from error
+    known = {parameter.name for parameter in context.command.params} - {"config"}
+    mine = {name.replace("-", "_"): value for name, value in content.get(context.info_name or "", {}).items()}
+    if unknown := sorted(mine.keys() - known):
+        raise UsageError(
+            f"{path}: [{context.info_name}] has no option {', '.join(unknown)}",
+            hint=f"It has: {', '.join(sorted(name for name in known if name))}",
+        )
+    context.default_map = mine
+    return path
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say only what goes wrong.")]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", help="TOML file with a table of options per command.", callback=_load_config, is_eager=True
+    ),
+]
+Run = Annotated[Path | None, typer.Argument(help="Run folder; without one, the newest complete run in this folder.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
+
+_MODEL = "Model"
+Model = Annotated[
+    str,
+    typer.Option(help="Checkpoint file, or timm:NAME, hf-hub:NAME, local-dir:PATH.", rich_help_panel=_MODEL),
+]
+Arch = Annotated[
+    str | None,
+    typer.Option(help="timm name or package.module:factory, where the file does not say.", rich_help_panel=_MODEL),
+]
+InputSize = Annotated[
+    str | None, typer.Option(help="Pixels: 224, or HEIGHTxWIDTH.", metavar="SIZE", rich_help_panel=_MODEL)
+]
+Mean = Annotated[
+    str | None,
+    typer.Option(help="Per channel, of pixels in [0, 1]: 0.485,0.456,0.406", rich_help_panel=_MODEL),
+]
+Std = Annotated[str | None, typer.Option(help="Per channel, as --mean.", rich_help_panel=_MODEL)]
+Crop = Annotated[
+    float | None, typer.Option(help="Share of the resized image that is kept, per side.", rich_help_panel=_MODEL)
+]
+ResizeMode = Annotated[
+    Resize | None, typer.Option("--resize", help="How an image is fitted to the input.", rich_help_panel=_MODEL)
+]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust-checkpoint",
+        help="Allow a checkpoint that is a program (pickle, TorchScript, export): it can run any code.",
+        rich_help_panel=_MODEL,
+    ),
+]
+
+_DISTILL = "Distillation"
+ObjectiveOption = Annotated[
+    Objective | None,
+    typer.Option(help="What the pattern must keep. Default: probabilities.", rich_help_panel=_DISTILL),
+]
+PresetOption = Annotated[
+    Preset, typer.Option(help="paper: the published settings (logits or features).", rich_help_panel=_DISTILL)
+]
+Steps = Annotated[int | None, typer.Option(help="Optimisation steps an image.", rich_help_panel=_DISTILL)]
+LearningRate = Annotated[float | None, typer.Option(help="Of the mask.", rich_help_panel=_DISTILL)]
+AreaCost = Annotated[
+    float | None, typer.Option(help="Price of a full mask, in nats for probabilities.", rich_help_panel=_DISTILL)
+]
+Layer = Annotated[
+    str | None,
+    typer.Option(help="Module that features compares. Default: the last map.", rich_help_panel=_DISTILL),
+]
+HeadOption = Annotated[
+    Head | None, typer.Option(help="What the model's outputs are. Default: auto.", rich_help_panel=_DISTILL)
+]
+PrecisionOption = Annotated[
+    Precision | None, typer.Option(help="Of the model. Default: auto.", rich_help_panel=_DISTILL)
+]
+BatchSize = Annotated[
+    int | None, typer.Option(help="Images a micro-batch. Default: by device and size.", rich_help_panel=_DISTILL)
+]
+Seed = Annotated[int | None, typer.Option(help="Of the colours. Default: 0.", rich_help_panel=_DISTILL)]
+
+
+def numbers(text: str | None, option: str) -> tuple[float, ...] | None:
+    try:
+        return None if text is None else tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"{option} takes numbers separated by commas, not {text!r}") from error
+
+
+def size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) not in (1, 2) or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UsageError(f"--input-size takes 224 or HEIGHTxWIDTH, not {text!r}")
+    return int(parts[0]), int(parts[-1])
+
+
+def model_spec(options: dict[str, Any]) -> ModelSpec:
+    return ModelSpec(
+        source=options["model"],
+        arch=options["arch"],
+        input_size=size(options["input_size"]),
+        mean=numbers(options["mean"], "--mean"),
+        std=numbers(options["std"], "--std"),
+        crop=options["crop"],
+        resize=options["resize"],
+        trust_checkpoint=options["trust_checkpoint"],
+    )
+
+
+def distill_config(options: dict[str, Any]) -> DistillConfig:
+    """The preset, with what was given on the command line put over it."""
+    given = {field.name: options.get(field.name) for field in dataclasses.fields(DistillConfig)}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if options["preset"] == "paper":
+        return dataclasses.replace(paper(chosen.pop("objective", "logits")), **chosen)
+    return DistillConfig(**chosen)
