@@ -344,6 +344,7 @@ def show(
     layer: Layer = None,
     head: HeadOption = None,
     precision: PrecisionOption = None,
+    batch_size: BatchSize = None,
     seed: Seed = None,
     config: ConfigFile = None,
     json: Json = False,

@@ -73,14 +73,16 @@ def distill(
     if len(noise) != count:
         raise ValueError(f"{len(noise)} seeds for {count} images")
     noise = noise.to(images.device, images.dtype)
-    size = config.batch_size or max(count, 1)
+    if not count:
+        return _nothing(images)
+    size = config.batch_size or count
     with frozen(model):
         head = recognise_head(model, images[:1].expand(size, -1, -1, -1)) if config.head == "auto" else config.head
         batches = [
             _optimise(model, _padded(images[i : i + size], size), _padded(noise[i : i + size], size), config, head)
             for i in range(0, count, size)
         ]
-    return _concatenate(batches, count, images)
+    return _concatenate(batches, count)
 
 
 def _optimise(model: nn.Module, images: Tensor, noise: Tensor, config: DistillConfig, head: Head) -> Distilled:
@@ -179,17 +181,19 @@ def _check(images: Tensor, noise: Tensor | None, config: DistillConfig) -> None:
         raise ValueError(f"noise must be [B, steps, C] = {list(expected)}, not {list(noise.shape)}")
 
 
+def _nothing(images: Tensor) -> Distilled:
+    """What comes back for no images [0, C, H, W]."""
+    none = images.new_zeros(0)
+    return Distilled(images[:, :1], none, none, none, torch.zeros(0, dtype=torch.int64), images, None)
+
+
 def _padded(rows: Tensor, size: int) -> Tensor:
     """`rows` [b, ...] with the first row repeated up to `size` rows."""
     return torch.cat([rows, rows[:1].expand(size - len(rows), *rows.shape[1:])]) if len(rows) < size else rows
 
 
-def _concatenate(batches: list[Distilled], count: int, images: Tensor) -> Distilled:
+def _concatenate(batches: list[Distilled], count: int) -> Distilled:
     """The micro-batches as one result, without the padding."""
-    if not batches:
-        none = images.new_zeros(0)
-        empty = images[:, :1].clone()
-        return Distilled(empty, none, none, none, torch.zeros(0, dtype=torch.int64), images.clone(), None)
 
     def joined(name: str) -> Any:
         parts = [getattr(batch, name) for batch in batches]

@@ -108,9 +108,11 @@ def _clear(run: Path) -> None:
 
 def _asked(settings: ScanConfig, dataset: datasets.Dataset) -> dict[str, Any]:
     """The settings that a score depends on, as asked for, and what they were asked of."""
+    model = config.to_dict(settings.model) | {"weights": identity(settings.model)}
+    del model["source"]  # the same weights at another path are the same
     return {
         "dataset": {"location": dataset.location},
-        "model": config.to_dict(settings.model) | {"weights": identity(settings.model)},
+        "model": model,
         "distill": config.to_dict(settings.distill),
         "thumbnail_size": settings.thumbnail_size,
     }
@@ -137,7 +139,7 @@ def _begin(
             "classes": list(index.classes),
             "digest": index.digest,
         },
-        "model": classifier.describe(),
+        "model": {"source": settings.model.source} | classifier.describe(),
         "config": asked,
         "fingerprint": config.fingerprint(
             [asked, index.digest, config.to_dict(distill), device.split(":")[0], threads]

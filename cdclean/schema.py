@@ -125,6 +125,7 @@ RUN: dict[str, Any] = {
             "type": "object",
             "required": ["architecture", "weights", "geometry", "mean", "std", "classes", "class_names"],
             "properties": {
+                "source": {"type": "string", "description": "file or name that was given"},
                 "architecture": {"type": "string"},
                 "weights": {
                     "type": "string",

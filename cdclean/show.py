@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -67,11 +67,11 @@ def show(
         except SampleError as error:
             raise DatasetError(f"{key}: {error.reason}") from error
     keys = [key for key, _ in named]
-    config = replace(config, batch_size=config.batch_size or min(len(decoded), 8))
     folder.mkdir(parents=True, exist_ok=True)
     shown = []
-    for start in range(0, len(decoded), config.batch_size or 1):
-        pixels = torch.stack(decoded[start : start + (config.batch_size or 1)])
+    size = config.batch_size or len(decoded)
+    for start in range(0, len(decoded), size):
+        pixels = torch.stack(decoded[start : start + size])
         part = keys[start : start + len(pixels)]
         distilled, scores = distil_pixels(classifier, pixels, part, config, device)
         for key, image, mask, score in zip(part, pixels, distilled.masks.cpu(), scores, strict=True):

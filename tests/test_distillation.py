@@ -385,8 +385,12 @@ def test_an_exported_program_with_gradient_is_scored_and_one_without_refused() -
     assert torch.allclose(found.mask_norm, distill(model, images, DistillConfig(steps=2)).mask_norm, rtol=0.02)
 
     class Detached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
         def forward(self, x: Tensor) -> Tensor:
-            return model(x.detach())
+            return self.model(x.detach())
 
     with pytest.raises(ModelError, match="no gradient"):
         distill(Detached(), images, DistillConfig(steps=2))

@@ -1,0 +1,189 @@
+"""The command line as a user meets it: real processes, their streams and their exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from cdclean.cli import app
+from cdclean.run import scan
+from tests.test_run import rows, settings, write_dataset
+
+ROOT = Path(__file__).parents[1]
+
+
+def cdclean(*arguments: object, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "cdclean", *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1", "COLUMNS": "120", **variables}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a dataset, its model and a complete run."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_dataset(folder / "data")
+    (folder / "data" / "a" / "003.txt").write_text("a sidecar")
+    (folder / "data" / "README").write_text("of the dataset")
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), folder / "test_resnet.pt")
+    scan(settings(folder / "data", folder / "test_resnet.pt", folder / "data.cdclean"))
+    return folder
+
+
+@pytest.fixture
+def place(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "place"))
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_scan_prints_the_run_folder_and_nothing_else_on_stdout(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x.cdclean"
+    command = ["scan", "data", "--model", "test_resnet.pt", "--input-size", 32, "--steps", 2, "--out", out]
+    done = cdclean(*command, cwd=finished)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{out}\n"
+    assert "24 of 24 samples scored" in done.stderr
+    assert rows(out).num_rows == 24
+    again = cdclean(*command, "--json", "--quiet", cwd=finished)
+    assert json.loads(again.stdout)["run"] == str(out)
+
+
+def test_filter_takes_the_newest_run_and_says_which(place: Path) -> None:
+    done = cdclean("filter", "--quantile", 0.1, cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "data-clean\n"
+    assert "run: data.cdclean" in done.stderr
+    assert "2 of 24 samples dropped" in done.stderr
+    smallest = sorted(rows(place / "data.cdclean").to_pylist(), key=lambda row: row["mask_norm"])[:2]
+    gone = files(place / "data") - files(place / "data-clean")
+    assert {row["key"] for row in smallest} <= gone
+    assert all(name.rpartition(".")[0] in {row["key"].rpartition(".")[0] for row in smallest} for name in gone)
+    for name in files(place / "data-clean"):
+        assert (place / "data-clean" / name).read_bytes() == (place / "data" / name).read_bytes()
+    assert (place / "data.cdclean" / "decisions.parquet").exists()
+
+
+def test_filter_as_json_dry_and_with_quarantine(place: Path) -> None:
+    dry = cdclean("filter", "--quantile", 0.25, "--quarantine", "away", "--dry-run", "--json", cwd=place)
+    result = json.loads(dry.stdout)
+    assert (result["samples"], result["kept"], result["dropped"], result["unreadable"]) == (24, 18, 6, 0)
+    assert not (place / "data-clean").exists()
+    assert not (place / "away").exists()
+    done = cdclean("filter", "--quantile", 0.25, "--quarantine", "away", "--json", cwd=place)
+    assert json.loads(done.stdout) == result
+    assert files(place / "data-clean") | files(place / "away") == files(place / "data")
+
+
+def test_evaluate_prints_a_table_or_json(place: Path) -> None:
+    table = rows(place / "data.cdclean").to_pylist()
+    lines = [f"{row['key']},{int(row['class_name'] == 'a')}" for row in table]
+    (place / "truth.csv").write_text("\n".join(["key,is_backdoor", *lines]))
+    done = cdclean("evaluate", "--truth", "truth.csv", cwd=place)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(cdclean("evaluate", "--truth", "truth.csv", "--json", cwd=place).stdout)
+    assert result["backdoored"] == 8
+    assert f"{result['auroc']:.4f}" in done.stdout
+
+
+def test_show_draws_files_and_keys(place: Path) -> None:
+    command = ["show", "data/a/001.png", "--model", "test_resnet.pt", "--input-size", 32, "--steps", 2]
+    done = cdclean(*command, cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert (place / "patterns" / "001.png.png").read_bytes().startswith(b"\x89PNG")
+    keyed = cdclean(*command, "b/002.png", "--run", "data.cdclean", "--json", cwd=place)
+    assert [image["name"] for image in json.loads(keyed.stdout)["images"]] == ["data/a/001.png", "b/002.png"]
+
+
+def test_what_is_shown_is_what_was_scored(place: Path) -> None:
+    command = ["show", "b/002.png", "--run", "data.cdclean", "--model", "test_resnet.pt", "--input-size", 32]
+    done = cdclean(
+        *command, "--steps", 3, "--json", "--device", "cpu", "--batch-size", 4, OMP_NUM_THREADS="1", cwd=place
+    )
+    shown = json.loads(done.stdout)["images"][0]
+    scored = next(row for row in rows(place / "data.cdclean").to_pylist() if row["key"] == "b/002.png")
+    assert shown["mask_norm"] == scored["mask_norm"]
+
+
+def test_settings_come_from_flag_then_variable_then_file(place: Path) -> None:
+    (place / "cdclean.toml").write_text('[filter]\nquantile = 0.5\nmode = "list"\n')
+    base = ["filter", "--dry-run", "--json", "--config", "cdclean.toml"]
+    assert json.loads(cdclean(*base, cwd=place).stdout)["dropped"] == 12
+    from_variable = cdclean(*base, cwd=place, CDCLEAN_FILTER_QUANTILE="0.25")
+    assert json.loads(from_variable.stdout)["dropped"] == 6
+    from_flag = cdclean(*base, "--quantile", 0, cwd=place, CDCLEAN_FILTER_QUANTILE="0.25")
+    assert json.loads(from_flag.stdout)["dropped"] == 0
+    (place / "cdclean.toml").write_text("[filter]\nquantil = 0.5\n")
+    wrong = cdclean(*base, cwd=place)
+    assert wrong.returncode == 2
+    assert "quantil" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["scan", "nowhere", "--model", "test_resnet.pt"], 3, "does not exist"),
+        (["scan", "data/README", "--model", "test_resnet.pt"], 3, "not a folder"),
+        (["scan", "data", "--model", "nothing.pt"], 3, "nothing.pt"),
+        (["scan", "data", "--model", "data/README"], 3, "README"),
+        (["scan", "data", "--model", "timm:resnet51"], 3, "timm:resnet50"),
+        (["scan", "data", "--model", "test_resnet.pt", "--arch", "resnet18"], 3, "does not fit"),
+        (["scan", "data"], 2, "--model"),
+        (["scan", "data", "--model", "test_resnet.pt", "--input-size", "big"], 2, "--input-size"),
+        (["scan", "data", "--model", "test_resnet.pt", "--device", "cuda:7"], 2, "cuda:7"),
+        (["scan", "data", "--model", "test_resnet.pt", "--steps", "0"], 2, "steps"),
+        (["scan", "s3://bucket/data", "--model", "test_resnet.pt"], 2, "remote"),
+        (["filter", "--quantile", "1.5"], 2, "[0, 1]"),
+        (["filter"], 2, "needs a rule"),
+        (["filter", "data", "--quantile", "0.1"], 3, "not a run folder"),
+        (["filter", "--quantile", "0.1", "--out", "data"], 2, "dataset"),
+        (["evaluate", "--truth", "nothing.csv"], 3, "nothing.csv"),
+        (["show", "nothing.png", "--model", "test_resnet.pt"], 3, "nothing.png"),
+        (["train", "data", "--arch", "timm:resnet51"], 3, "resnet51"),
+        (["dance"], 2, "dance"),
+    ],
+)
+def test_bad_input_gets_a_sentence_and_its_exit_code(
+    finished: Path, arguments: list[str], code: int, says: str
+) -> None:
+    if arguments[0] == "scan":
+        arguments = [*arguments, "--out", "other.cdclean"]
+    done = cdclean(*arguments, cwd=finished)
+    assert done.returncode == code, done.stderr
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_version_completion_and_module() -> None:
+    assert re.fullmatch(r"cdclean \d+\.\d+\.\d+\n", cdclean("--version", cwd=ROOT).stdout)
+    completed = cdclean(cwd=ROOT, _CDCLEAN_COMPLETE="complete_bash", COMP_WORDS="cdclean sc", COMP_CWORD="1")
+    assert completed.returncode in (0, 2)
+
+
+def test_every_command_is_in_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text()
+    names = [command.name or command.callback.__name__ for command in app.registered_commands]
+    assert len(names) >= 7
+    for name in names:
+        assert f"cdclean {name}" in readme
+
+
+def test_every_option_in_the_readme_exists() -> None:
+    readme = (ROOT / "README.md").read_text()
+    helped = "".join(cdclean(command, "--help", cwd=ROOT).stdout for command in ("scan", "filter", "train", "evaluate"))
+    for line in re.findall(r"cdclean (?:scan|filter|train|evaluate) [^`\n]*", readme):
+        for option in re.findall(r"--[a-z-]+", line):
+            assert option in helped, line
