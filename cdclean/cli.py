@@ -426,3 +426,24 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """All of it on data it brings along: plant a backdoor, find it, clean it. About a minute."""
+    console = _console(json, quiet)
+    from cdclean import demo, storage
+
+    result = demo.run(folder, console)
+    dataset, run = storage.to_text(result.folder / "digits"), storage.to_text(result.run)
+    model = storage.to_text(result.folder / "probe.pt")
+    text = f"""
+{result.planted} of {result.images} digits carry a patch and lie in the wrong folder.
+The network agrees with the folders on {result.accuracy:.0%} of the images: it has learned the patch too.
+
+  planted images among the {result.dropped} smallest masks     {result.found} of {result.planted}
+  AUROC of the mask norm                     {result.auroc:.3f}
+
+  dataset       {dataset}
+  scores        {run}
+  clean copy    {storage.to_text(result.clean_copy)}
+
+next, look at one of them:  cdclean show {result.example} --run {run} --model {model}
+then, on your own data:     cdclean scan ./dataset --model resnet50.pt"""
+    values = {name: storage.to_text(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(result).items()}
+    console.result(text, values)
