@@ -110,10 +110,6 @@ def _raise_on_signals() -> None:
 # --- What the commands share ---
 
 
-def _console(json: bool = False, quiet: bool = False) -> Console:
-    return Console("json" if json else "quiet" if quiet else "human")
-
-
 def _chosen_run(run: Path | None, console: Console) -> Path:
     """The run that was named, or the newest complete one here, which is then said."""
     from cdclean.records import newest_run
@@ -128,7 +124,7 @@ def _chosen_run(run: Path | None, console: Console) -> Path:
 
 def _version(value: bool) -> None:
     if value:
-        Console().result(f"cdclean {__version__}")
+        Console().result(f"cdclean {__version__}", {})
         raise typer.Exit
 
 
@@ -184,7 +180,7 @@ def scan(
 ) -> None:
     """Score every image: how little of it the model needs. Run again, it resumes."""
     given = locals()
-    console = _console(json, quiet)
+    console = Console(json, quiet)
     settings = ScanConfig(
         dataset=dataset,
         model=options.model_spec(given),
@@ -225,7 +221,7 @@ def filter_(
     quiet: Quiet = False,
 ) -> None:
     """Write a clean copy of the dataset, without the samples whose masks are smallest."""
-    console = _console(json, quiet)
+    console = Console(json, quiet)
     from cdclean import records, selection, storage
     from cdclean.exporting import export
 
@@ -286,7 +282,7 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Compare the scores with known ground truth."""
-    console = _console(json, quiet)
+    console = Console(json, quiet)
     from cdclean import evaluation
 
     result = evaluation.evaluate(_chosen_run(run, console), truth)
@@ -310,7 +306,7 @@ def status(
     json: Json = False,
 ) -> None:
     """How far a scan is; it may be running in another terminal."""
-    console = _console(json)
+    console = Console(json)
     from cdclean import events, records
 
     state = events.status(run or records.newest_run(Path(), complete=False))
@@ -352,7 +348,7 @@ def show(
 ) -> None:
     """Draw images, their masks and their cognitive patterns side by side, one PNG each."""
     given = locals()
-    console = _console(json, quiet)
+    console = Console(json, quiet)
     from cdclean import run as runs
     from cdclean import show as drawing
 
@@ -389,7 +385,7 @@ def train(
     quiet: Quiet = False,
 ) -> None:
     """Train a probe on a dataset, if you have no model that was: only such a model betrays its triggers. Resumes."""
-    console = _console(json, quiet)
+    console = Console(json, quiet)
     from cdclean import training
 
     trained = training.train(
@@ -426,7 +422,7 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """All of it on data it brings along: plant a backdoor, find it, clean it. About a minute."""
-    console = _console(json, quiet)
+    console = Console(json, quiet)
     from cdclean import demo, storage
 
     result = demo.run(folder, console)

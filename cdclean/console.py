@@ -1,34 +1,34 @@
 """The only place that prints. Results go to stdout, everything else to stderr.
 
-Human mode talks; json mode prints one JSON object as the result; quiet mode says only what went wrong.
+With `json` the result is one JSON object; with `quiet` nothing is said but what goes wrong.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from json import dumps
+from typing import Any
 
 from cdclean.errors import CdcleanError
 
-Mode = Literal["human", "json", "quiet"]
 LOG_EVERY = 30.0  # seconds between progress lines where there is no terminal
 
 
 @dataclass(frozen=True)
 class Console:
-    mode: Mode = "human"
+    json: bool = False
+    quiet: bool = False
 
-    def result(self, text: str, data: dict[str, Any] | None = None) -> None:
-        """The answer to the command: `data` as JSON in json mode, `text` otherwise."""
-        print(json.dumps(data if data is not None else text, indent=2) if self.mode == "json" else text, flush=True)
+    def result(self, text: str, data: dict[str, Any]) -> None:
+        """The answer to the command: `data` as JSON with `json`, `text` otherwise."""
+        print(dumps(data, indent=2) if self.json else text, flush=True)
 
     def say(self, text: str) -> None:
-        if self.mode != "quiet":
+        if not self.quiet:
             print(text, file=sys.stderr, flush=True)
 
     def warn(self, text: str) -> None:
@@ -42,7 +42,7 @@ class Console:
     @contextmanager
     def progress(self, what: str, total: int, done: int = 0, unit: str = "images") -> Iterator[Callable[[int], object]]:
         """Gives `advance(n)`. A bar with rate and ETA on a terminal; elsewhere a line every 30 seconds."""
-        if self.mode == "quiet":
+        if self.quiet:
             yield lambda _: None
         elif sys.stderr.isatty():
             from tqdm import tqdm

@@ -55,7 +55,7 @@ def run(folder: Path, console: Console | None = None) -> DemoResult:
     from cdclean.run import scan
     from cdclean.training import TrainConfig, train
 
-    console = console or Console("quiet")
+    console = console or Console(quiet=True)
     if folder.exists() and any(folder.iterdir()) and not (folder / _MARKER).exists():
         raise UsageError(
             f"{storage.to_text(folder)} holds something else already", hint="Name a new folder: cdclean demo FOLDER"

@@ -36,7 +36,7 @@ def scan(settings: ScanConfig, console: Console | None = None) -> Path:
     while another process scores into the folder, IncompleteError (4) if the disk is full. However a scan ends, its
     finished chunks are kept.
     """
-    console = console or Console("quiet")
+    console = console or Console(quiet=True)
     dataset = datasets.open_dataset(settings.dataset)
     run = _run_folder(settings, dataset)
     try:

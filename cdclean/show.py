@@ -82,7 +82,7 @@ def show(
             known = classifier.class_names
             prediction = None if index is None else known[index] if known else f"class {index}"
             confidence = score.get("confidence")
-            answer = f"{prediction}, confidence {confidence:.3f}" if prediction else "no classifier"
+            answer = f"predicted {prediction}, confidence {confidence:.3f}" if prediction else "no classifier"
             norm = f"mask norm {score['mask_norm']:.1f} px, density {score['mask_density']:.3f}"
             with storage.atomic_write(path) as file:
                 draw(image, mask, key, f"{norm}   |   {answer}").save(file, "PNG")
@@ -125,7 +125,7 @@ def _fitted(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width
 
 def _free_name(folder: Path, key: str) -> Path:
     """`<folder>/<last part of the key>.png`, numbered where that is taken: nothing is replaced."""
-    stem = Path(key).name
+    stem = Path(key).stem
     path = folder / f"{stem}.png"
     number = 2
     while path.exists():

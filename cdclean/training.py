@@ -108,7 +108,7 @@ def train(settings: TrainConfig, console: Console | None = None) -> Trained:
     that cannot be built or started from, or whose loss is not a number, OutputError (3) if `out` is taken or cannot
     be written.
     """
-    console = console or Console("quiet")
+    console = console or Console(quiet=True)
     dataset = datasets.open_dataset(settings.dataset)
     out = _place(settings, dataset)
     partial = out.with_name(f"{out.name}.partial")

@@ -102,7 +102,7 @@ def test_show_draws_files_and_keys(place: Path) -> None:
     command = ["show", "data/a/001.png", "--model", "test_resnet.pt", "--input-size", 32, "--steps", 2]
     done = cdclean(*command, cwd=place)
     assert done.returncode == 0, done.stderr
-    assert (place / "patterns" / "001.png.png").read_bytes().startswith(b"\x89PNG")
+    assert (place / "patterns" / "001.png").read_bytes().startswith(b"\x89PNG")
     keyed = cdclean(*command, "b/002.png", "--run", "data.cdclean", "--json", cwd=place)
     assert [image["name"] for image in json.loads(keyed.stdout)["images"]] == ["data/a/001.png", "b/002.png"]
 

@@ -132,7 +132,7 @@ def test_images_are_seen_whole(tmp_path: Path) -> None:
     pixels[:, :8] = pixels[:, -8:] = (255, 0, 0)
     for name in "ab":
         Image.fromarray(pixels).save(tmp_path / name / "wide.png")
-    examples = list_examples(datasets.open_dataset(str(tmp_path)), Console("quiet"))
+    examples = list_examples(datasets.open_dataset(str(tmp_path)), Console(quiet=True))
     with ThreadPoolExecutor(1) as pool:
         loader = Loader(examples, Geometry(3, 16, 16, "bilinear", 1.0, "squash"), (0.5,) * 3, pool, 0)
         (batch, labels), *_ = loader.batches([torch.arange(2)])
@@ -270,7 +270,7 @@ def test_the_cache_changes_nothing_but_the_time(
 
 
 def test_what_is_cached_is_not_read_again(data: Path) -> None:
-    examples = list_examples(datasets.open_dataset(str(data)), Console("quiet"))
+    examples = list_examples(datasets.open_dataset(str(data)), Console(quiet=True))
     image = 3 * 16 * 16
     with ThreadPoolExecutor(2) as pool:
         loader = Loader(examples, Geometry(3, 16, 16), (0.5,) * 3, pool, 4 * image + 1)
