@@ -73,8 +73,9 @@ class ChunkWorker:
                 for i, columns in zip(indices, scores, strict=True):
                     rows[i] |= columns
                 if self.thumbnail_size:
-                    pictures = pool.map(_pictures(self.thumbnail_size), pixels, distilled.masks.cpu())
-                    for i, columns in zip(indices, pictures, strict=True):
+                    for i, columns in zip(
+                        indices, _pictures(pixels, distilled, self.thumbnail_size, pool), strict=True
+                    ):
                         rows[i] |= columns
                 progress(len(batch))
         write_part(self.run, chunk, rows)
@@ -106,9 +107,9 @@ def write_part(run: Path, chunk: int, rows: list[dict[str, Any]]) -> None:
 
 @functools.lru_cache(maxsize=1)
 def classifier_on(spec: ModelSpec, device: str, precision: str) -> Classifier:
-    """The model on its device, loaded once a process."""
+    """The model on its device, loaded once a process; channels last, as convolutions like it on every device."""
     classifier = load(spec)
-    module = classifier.module.to(device)
+    module = classifier.module.to(device).to(memory_format=torch.channels_last)
     return replace(classifier, module=module.double() if precision == "fp64" else module)
 
 
@@ -176,7 +177,7 @@ def distil_pixels(
     What is not finite in half precision is tried again in fp32; what is not finite then has the status crashed.
     """
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
-    images = pixels.to(device).to(dtype) / 255
+    images = (pixels.to(device).to(dtype) / 255).contiguous(memory_format=torch.channels_last)
     seeds = [sample_seed(config.seed, key) for key in keys]
     distilled = distill(classifier.module, images, config, seeds=seeds)
     if config.precision in ("bf16", "fp16") and not _finite(distilled).all():
@@ -227,17 +228,20 @@ def _scores(distilled: Distilled, config: DistillConfig, classes: int) -> Iterat
             yield {"status": Status.CRASHED, "error": "the model's answer is not a finite number, in fp32 as well"}
 
 
-def _pictures(size: int) -> Callable[[Tensor, Tensor], dict[str, Any]]:
-    """Encodes image, mask and pattern of one sample, uint8 [C, H, W] and float [1, H, W], as thumbnails."""
+def _pictures(
+    pixels: tuple[Tensor, ...], distilled: Distilled, size: int, pool: ThreadPoolExecutor
+) -> Iterator[dict[str, Any]]:
+    """Image, mask and pattern of every sample of a micro-batch as thumbnails, encoded on threads.
 
-    def encode(pixels: Tensor, mask: Tensor) -> dict[str, Any]:
-        if not mask.isfinite().all():
-            return {"thumbnail": {"bytes": thumbnail(pixels, size), "path": None}}
-        images = {
-            "thumbnail": pixels,
-            "mask_thumbnail": (mask * 255).round().to(torch.uint8),
-            "pattern_thumbnail": (pixels * mask).round().to(torch.uint8),
-        }
-        return {name: {"bytes": thumbnail(image, size), "path": None} for name, image in images.items()}
-
-    return encode
+    The threads get finished pictures: an operation of torch on them would take the cores from the model's.
+    """
+    masks = distilled.masks.cpu().nan_to_num()
+    images = torch.stack(pixels)
+    columns = {
+        "thumbnail": images,
+        "mask_thumbnail": (masks * 255).round().to(torch.uint8),
+        "pattern_thumbnail": (images * masks).round().to(torch.uint8),
+    }
+    encoded = [pool.map(functools.partial(thumbnail, size=size), batch) for batch in columns.values()]
+    for pictures in zip(*encoded, strict=True):
+        yield {name: {"bytes": data, "path": None} for name, data in zip(columns, pictures, strict=True)}

@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cdclean.answers import Answer, frozen, recognise_head
+from cdclean.answers import Answer, find_layer, frozen, recognise_head
 from cdclean.config import DistillConfig, Head
 
 
@@ -34,9 +34,7 @@ class Distilled:
 
     masks: Tensor  # [B, 1, H, W] in [0, 1]; 1 = the model needs this pixel
     mask_norm: Tensor  # [B] L1 norm of the mask, in pixels: the score, small is suspicious
-    divergence: (
-        Tensor  # [B] distance of the model's answers to pattern and image, mean of the last quarter of the steps
-    )
+    divergence: Tensor  # [B] distance of the model's answers to pattern and image, over the last quarter of the steps
     total_variation: Tensor  # [B] roughness of the mask
     steps: Tensor  # [B] int64, optimisation steps spent
     patterns: Tensor  # [B, C, H, W] the cognitive pattern: images * masks
@@ -77,6 +75,8 @@ def distill(
         return _nothing(images)
     size = config.batch_size or count
     with frozen(model):
+        if config.objective == "features" and config.layer is None:
+            config = replace(config, layer=find_layer(model, images))
         head = recognise_head(model, images[:1].expand(size, -1, -1, -1)) if config.head == "auto" else config.head
         batches = [
             _optimise(model, _padded(images[i : i + size], size), _padded(noise[i : i + size], size), config, head)
@@ -96,6 +96,7 @@ def _optimise(model: nn.Module, images: Tensor, noise: Tensor, config: DistillCo
     w = torch.ones_like(images[:, :1]).requires_grad_()
     optimiser = torch.optim.Adam([w], lr=config.learning_rate, betas=config.betas)
     area, pixels = config.area_cost or 0.0, config.pixel_cost
+    scale = 1024 if config.precision == "fp16" else 1  # keeps small gradients above what fp16 can hold
     late: list[Tensor] = []
     for step in range(config.steps):
         mask = (torch.tanh(w) + 1) / 2
@@ -103,7 +104,8 @@ def _optimise(model: nn.Module, images: Tensor, noise: Tensor, config: DistillCo
         seen, _ = answer(mask * images + (1 - mask) * colour)
         divergence = distance(seen)
         price = area * mask.mean((1, 2, 3)) + pixels * mask.sum((1, 2, 3)) + config.smoothness * total_variation(mask)
-        (w.grad,) = torch.autograd.grad((divergence + price).sum(), w)
+        (gradient,) = torch.autograd.grad(scale * (divergence + price).sum(), w)
+        w.grad = gradient / scale
         optimiser.step()
         if step >= config.steps - max(1, config.steps // 4):
             late.append(divergence.detach())

@@ -46,13 +46,11 @@ def scan(settings: ScanConfig, console: Console | None = None) -> Path:
             f"cannot create {storage.to_text(run)}: {error.strerror}", hint="Name another with --out."
         ) from error
     with storage.lock(run):
-        if settings.overwrite:
-            _clear(run)
         asked = _asked(settings, dataset)
-        if (run / "run.json").exists():
-            content = _resume(run, settings, asked, dataset, console)
-        else:
+        if settings.overwrite or not (run / "run.json").exists():
             content = _begin(run, settings, asked, dataset, console)
+        else:
+            content = _resume(run, settings, asked, dataset, console)
         if not (run / "_SUCCESS").exists():
             _score(run, settings, content, console)
             summary.write(run, content)
@@ -93,16 +91,19 @@ _FILES = (
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether everything in `folder` is a run's, so that it may be written to and cleared."""
+    """Whether `folder` is a run, the beginning of one, or empty; other files in a run are left alone."""
+    if (folder / "run.json").exists():
+        return True
     known = {*_FILES, ".lock", "records"}
     return all(path.name in known or storage.is_temporary(path) for path in folder.iterdir())
 
 
 def _clear(run: Path) -> None:
     """Forget a run; _SUCCESS goes first and run.json second, so that half of it is never taken for a whole."""
+    storage.remove_temporaries(run, run / "records")
     for name in ("_SUCCESS", *_FILES):
         (run / name).unlink(missing_ok=True)
-    for part in (run / "records").glob("*"):
+    for part in (run / "records").glob("part-*.parquet"):
         part.unlink()
 
 
@@ -121,9 +122,12 @@ def _asked(settings: ScanConfig, dataset: datasets.Dataset) -> dict[str, Any]:
 def _begin(
     run: Path, settings: ScanConfig, asked: dict[str, Any], dataset: datasets.Dataset, console: Console
 ) -> dict[str, Any]:
-    """Load the model, list the samples, and write run.json last: with it the run has begun."""
-    _clear(run)
+    """Load the model, list the samples, and write run.json last: with it the run has begun.
+
+    An earlier run in the folder is forgotten only when the model has been loaded.
+    """
     classifier, distill, device = resolve(settings)
+    _clear(run)
     threads = torch_threads(device)
     size = settings.chunk_size or config.chunk_size(classifier.geometry, device.split(":")[0])
     with console.progress("indexing", total=0, unit="files") as advance:
@@ -226,6 +230,7 @@ def _resume(
     for name, version in _versions().items():
         if content["versions"].get(name) != version and not complete:
             console.warn(f"the run was begun with {name} {content['versions'].get(name)}, this is {version}")
+    storage.remove_temporaries(run, run / "records")
     console.say(f"{storage.to_text(run)} is complete already" if complete else f"resuming {storage.to_text(run)}")
     return content
 
@@ -251,15 +256,16 @@ def _score(run: Path, settings: ScanConfig, content: dict[str, Any], console: Co
     )
     sizes = manifest.chunk_sizes(run / "manifest.parquet")
     done = {chunk for chunk, samples in sizes.items() if _is_whole(run, chunk, samples)}
+    pending = sorted(sizes.keys() - done)
     _say_how(content, console)
     events.append(run, "start", device=worker.device, chunks=len(sizes), done=len(done))
     compared = agreed = 0
     try:
         with console.progress("scoring", data["samples"], sum(sizes[chunk] for chunk in done)) as advance:
-            for report in serial.run_chunks(worker, sorted(sizes.keys() - done), advance):
+            for report in serial.run_chunks(worker, pending, advance):
                 events.append(run, "chunk", **vars(report))
                 before, compared, agreed = compared, compared + report.compared, agreed + report.agreed
-                if before < _EARLY <= compared:
+                if before < _EARLY <= compared and report.chunk != pending[-1]:
                     summary.warn_of_disagreement(agreed / compared, console)
     except StoppedError as stopped:
         events.append(run, "stopped", signal=stopped.signal_number)

@@ -111,6 +111,13 @@ def is_temporary(path: Path) -> bool:
     return path.name.startswith(".") and path.name.endswith(_TEMPORARY)
 
 
+def remove_temporaries(*folders: Path) -> None:
+    """Remove what killed processes have left of unfinished files; the caller holds the lock."""
+    for folder in folders:
+        for path in folder.glob(f".*{_TEMPORARY}"):
+            path.unlink()
+
+
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Hold `folder`/.lock. Raises LockedError when another process has it; ends with the process."""

@@ -322,7 +322,7 @@ def test_the_description_is_what_run_json_holds(tmp_path: Path) -> None:
     network = made("test_vit", num_classes=3, in_chans=1, img_size=(64, 96))
     save_checkpoint(tmp_path / "probe.pt", network.state_dict(), METADATA)
     described = load(ModelSpec(str(tmp_path / "probe.pt"))).describe()
-    jsonschema.validate(described, schema.RUN["properties"]["model"])
+    jsonschema.validate({"source": "probe.pt"} | described, schema.RUN["properties"]["model"])
     assert json.loads(json.dumps(described)) == described
     assert described["geometry"] == {
         "channels": 1,
@@ -332,7 +332,7 @@ def test_the_description_is_what_run_json_holds(tmp_path: Path) -> None:
         "crop_pct": 0.9,
         "crop_mode": "border",
     }
-    assert described.keys() == schema.RUN["properties"]["model"]["properties"].keys()
+    assert described.keys() | {"source"} == schema.RUN["properties"]["model"]["properties"].keys()
 
 
 # --- Real networks ---

@@ -28,7 +28,7 @@ from cdclean import events, manifest, records, schema, storage
 from cdclean.config import DistillConfig, ModelSpec, ScanConfig
 from cdclean.console import Console
 from cdclean.datasets import open_dataset
-from cdclean.errors import ChangedRunError, GateError, IncompleteError, UsageError
+from cdclean.errors import ChangedRunError, GateError, IncompleteError, ModelError, UsageError
 from cdclean.run import scan
 
 SIZE = 32
@@ -145,7 +145,12 @@ def test_a_finished_run_is_left_alone_and_a_changed_one_refused(
     assert "1 samples added: b/new.png" in str(caught.value)
     assert "1 samples removed: a/000.png" in str(caught.value)
     assert fingerprint_of(run) == before
+    with pytest.raises(ModelError):
+        scan(replace(config, overwrite=True, model=ModelSpec(str(dataset / "a" / "001.png"))))
+    assert fingerprint_of(run) == before  # nothing is forgotten for a model that does not load
+    (run / "notes.txt").write_text("mine")
     assert rows(scan(replace(config, overwrite=True))).num_rows == 24
+    assert (run / "notes.txt").read_text() == "mine"
 
 
 def test_a_changed_checkpoint_is_refused(dataset: Path, checkpoint: Path, tmp_path: Path) -> None:
@@ -220,6 +225,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_records(
         last.communicate()
         assert last.returncode == 0
     assert rows(run).equals(whole)
+    assert not any(storage.is_temporary(path) for path in run.rglob("*"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

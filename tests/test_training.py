@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -195,31 +195,34 @@ class Stop(Exception):
     pass
 
 
-class StopAfter(Console):
-    """Stops the training from within after so many epochs."""
+@dataclass(frozen=True)
+class StopIn(Console):
+    """Stops the training from within, in an epoch whose state has not been written yet."""
+
+    epoch: int = 1
 
     def say(self, text: str) -> None:
-        if text.startswith(f"epoch {self.mode}/"):
+        if text.startswith(f"epoch {self.epoch}/"):
             raise Stop
 
 
-def stop_after(settings: TrainConfig, epochs: int) -> Path:
+def stop_in(settings: TrainConfig, epoch: int) -> Path:
     with pytest.raises(Stop):
-        train(settings, StopAfter(str(epochs)))  # type: ignore[arg-type]
+        train(settings, StopIn(epoch=epoch))
     return Path(f"{settings.out}.partial")
 
 
 def test_stopped_in_any_epoch(setup: Callable[..., TrainConfig], tmp_path: Path) -> None:
     plan = setup(optimizer="sgd", epochs=3)
     for epoch in (1, 2, 3):
-        stop_after(plan, epoch)
+        stop_in(plan, epoch)
     train(plan)
     train(replace(plan, out=str(tmp_path / "uninterrupted.pt")))
     assert same(weights(plan.out), weights(tmp_path / "uninterrupted.pt"))
 
 
 def test_changed_settings_are_refused_and_named(setup: Callable[..., TrainConfig], data: Path, tmp_path: Path) -> None:
-    partial = stop_after(setup(), 2)
+    partial = stop_in(setup(), 2)
     before = partial.read_bytes()
     changes = {"seed": 5, "batch_size": 4, "arch": "timm:test_efficientnet", "epochs": 4, "learning_rate": 0.5}
     for name, value in changes.items():
@@ -240,7 +243,7 @@ def test_overwrite_resumes_what_is_the_same(
     setup: Callable[..., TrainConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan = setup(overwrite=True)
-    stop_after(plan, 2)
+    stop_in(plan, 2)
     Path(plan.out).write_bytes(b"an older one")
     train(plan, Console())
     assert "going on after epoch 1" in capsys.readouterr().err
@@ -249,7 +252,7 @@ def test_overwrite_resumes_what_is_the_same(
 
 
 def test_a_damaged_partial(setup: Callable[..., TrainConfig]) -> None:
-    partial = stop_after(setup(), 2)
+    partial = stop_in(setup(), 2)
     partial.write_bytes(partial.read_bytes()[:1000])
     with pytest.raises(ChangedRunError, match="cannot be read"):
         train(setup())
