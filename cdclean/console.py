@@ -29,18 +29,20 @@ class Console:
 
     def say(self, text: str) -> None:
         if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            _to_stderr(text)
 
     def warn(self, text: str) -> None:
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        _to_stderr(f"warning: {text}")
 
     def error(self, error: CdcleanError) -> None:
-        print(f"error: {error.message}", file=sys.stderr)
+        _to_stderr(f"error: {error.message}")
         if error.hint:
-            print(f"  -> {error.hint}", file=sys.stderr, flush=True)
+            _to_stderr(f"  -> {error.hint}")
 
     @contextmanager
-    def progress(self, what: str, total: int, done: int = 0, unit: str = "images") -> Iterator[Callable[[int], object]]:
+    def progress(
+        self, what: str, total: int | None, done: int = 0, unit: str = "images"
+    ) -> Iterator[Callable[[int], object]]:
         """Gives `advance(n)`. A bar with rate and ETA on a terminal; elsewhere a line every 30 seconds."""
         if self.quiet:
             yield lambda _: None
@@ -52,7 +54,7 @@ class Console:
         else:
             yield self._log_lines(what, total, done, unit)
 
-    def _log_lines(self, what: str, total: int, done: int, unit: str) -> Callable[[int], None]:
+    def _log_lines(self, what: str, total: int | None, done: int, unit: str) -> Callable[[int], None]:
         started = last = time.monotonic()
         count = 0
 
@@ -63,16 +65,26 @@ class Console:
             if now - last >= LOG_EVERY:
                 last = now
                 rate = count / (now - started)
-                left = (total - done - count) / rate if rate else float("inf")
-                self.say(f"{what}: {done + count}/{total} {unit}, {rate:.1f}/s, {duration(left)} left")
+                of, left = "", ""
+                if total is not None:
+                    of, left = f"/{total}", f", {duration((total - done - count) / rate) if rate else '?'} left"
+                self.say(f"{what}: {done + count}{of} {unit}, {rate:.1f}/s{left}")
 
         return advance
 
 
+def _to_stderr(text: str) -> None:
+    """A line of talk; on a terminal it goes above the progress bar, if there is one."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        tqdm.write(text, file=sys.stderr)
+    else:
+        print(text, file=sys.stderr, flush=True)
+
+
 def duration(seconds: float) -> str:
     """`95` -> `1m35s`."""
-    if seconds == float("inf"):
-        return "?"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -130,7 +130,7 @@ def _begin(
     _clear(run)
     threads = torch_threads(device)
     size = settings.chunk_size or config.chunk_size(classifier.geometry, device.split(":")[0])
-    with console.progress("indexing", total=0, unit="files") as advance:
+    with console.progress("indexing", total=None, unit="files") as advance:
         index = manifest.write(run / "manifest.parquet", dataset, size, advance)
     content = {
         "schema_version": schema.SCHEMA_VERSION,

@@ -167,10 +167,18 @@ def test_bad_input_gets_a_sentence_and_its_exit_code(
     assert done.stdout == ""
 
 
-def test_version_completion_and_module() -> None:
+def test_version() -> None:
     assert re.fullmatch(r"cdclean \d+\.\d+\.\d+\n", cdclean("--version", cwd=ROOT).stdout)
-    completed = cdclean(cwd=ROOT, _CDCLEAN_COMPLETE="complete_bash", COMP_WORDS="cdclean sc", COMP_CWORD="1")
-    assert completed.returncode in (0, 2)
+
+
+def test_the_shell_completes_commands_and_options() -> None:
+    as_installed = "import sys; sys.argv = ['cdclean']; from cdclean.cli import main; main()"
+    for typed, expected in (("cdclean sc", "scan"), ("cdclean scan --chu", "--chunk-size")):
+        words = {"COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" ")), "_CDCLEAN_COMPLETE": "complete_bash"}
+        done = subprocess.run(
+            [sys.executable, "-c", as_installed], cwd=ROOT, env={**os.environ, **words}, capture_output=True, text=True
+        )
+        assert done.stdout.split() == [expected]
 
 
 def test_every_command_is_in_the_readme() -> None:
