@@ -59,7 +59,8 @@ class ModelSpec:
 class DistillConfig:
     """How a mask is found; see distillation.py, which says what each value does.
 
-    The defaults are ours; `paper(objective)` gives the published ones.
+    The defaults are ours; `paper(objective)` gives the published ones. 30 steps: on two public backdoored networks 15
+    find less and 60 no more (tests/benchmarks/results/public-networks.md).
     """
 
     objective: Objective = "probabilities"
