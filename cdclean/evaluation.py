@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +13,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from cdclean.errors import InputError, Status
 from cdclean.records import load_run, read_aligned
-from cdclean.storage import to_text
+from cdclean.storage import Location, to_text
 
 _LAYOUT = "It is a CSV file with the columns key,is_backdoor; is_backdoor is 0, 1, true or false."
 
@@ -72,7 +71,7 @@ def metrics(scores: npt.NDArray[np.floating], truth: npt.NDArray[np.bool_]) -> M
     )
 
 
-def evaluate(run: Path, truth: Path) -> Evaluation:
+def evaluate(run: Location, truth: Location) -> Evaluation:
     """Measure a complete run against `truth`, a CSV file with the columns key,is_backdoor (0, 1, true or false).
 
     Keys are those of the manifest. Other columns are ignored, and so are samples without a score.
@@ -107,7 +106,7 @@ def evaluate(run: Path, truth: Path) -> Evaluation:
     )
 
 
-def _read_truth(path: Path) -> tuple[pa.Array[pa.StringScalar], npt.NDArray[np.bool_]]:
+def _read_truth(path: Location) -> tuple[pa.Array[pa.StringScalar], npt.NDArray[np.bool_]]:
     """Keys [n] and whether each is backdoored [n]. Row numbers in messages count the header as row 1."""
     name = to_text(path)
     try:

@@ -10,17 +10,17 @@ import json
 import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
+from upath import UPath
 
 from cdclean.errors import IncompleteError, InputError, UsageError
 from cdclean.schema import RECORDS, SCHEMA_VERSION
-from cdclean.storage import to_text
+from cdclean.storage import Location, to_text
 
 RUN_SUFFIX = ".cdclean"
 _SCAN_HINT = "Score a dataset first: cdclean scan DATASET --model MODEL"
@@ -28,7 +28,7 @@ _RESUME_HINT = "The same cdclean scan command goes on where it stopped."
 _DAMAGED_HINT = "Scan again into a new folder."
 
 
-def newest_run(folder: Path, *, complete: bool = True) -> Path:
+def newest_run(folder: Location, *, complete: bool = True) -> Location:
     """The complete run (`*.cdclean`) directly in `folder` that was finished last; or the run that was begun last.
 
     Raises IncompleteError where all runs in it are unfinished, and UsageError where there is none.
@@ -48,7 +48,7 @@ def newest_run(folder: Path, *, complete: bool = True) -> Path:
     raise UsageError(f"there is no run (a folder *{RUN_SUFFIX}) in {to_text(folder.absolute())}", hint=_SCAN_HINT)
 
 
-def load_run(run: Path, *, complete: bool = True) -> dict[str, Any]:
+def load_run(run: Location, *, complete: bool = True) -> dict[str, Any]:
     """What run.json of a run says (schema.RUN); of a complete one, unless `complete` is false.
 
     Raises InputError where `run` is not a run folder, is damaged, or was written by a newer cdclean, and
@@ -76,12 +76,12 @@ def load_run(run: Path, *, complete: bool = True) -> dict[str, Any]:
     return loaded
 
 
-def part_path(run: Path, chunk: int) -> Path:
+def part_path(run: Location, chunk: int) -> Location:
     """Where the records of one chunk stand."""
     return run / "records" / f"part-{chunk:05d}.parquet"
 
 
-def load_summary(run: Path) -> dict[str, Any]:
+def load_summary(run: Location) -> dict[str, Any]:
     """summary.json of a complete run (schema.SUMMARY). Raises InputError where it cannot be read."""
     try:
         content: dict[str, Any] = json.loads((run / "summary.json").read_bytes())
@@ -90,9 +90,12 @@ def load_summary(run: Path) -> dict[str, Any]:
     return content
 
 
-def open_records(run: Path) -> ds.Dataset:
+def open_records(run: Location) -> ds.Dataset:
     """The records of a run (schema.RECORDS), lazily: scan, filter and project it without holding it in memory."""
     parts = _parts(run)
+    remote = [part for part in parts if isinstance(part, UPath)]
+    if remote:
+        return ds.dataset([part.path for part in remote], schema=RECORDS, format="parquet", filesystem=remote[0].fs)
     try:
         return ds.dataset([str(part) for part in parts], schema=RECORDS, format="parquet")
     except UnicodeEncodeError:
@@ -103,7 +106,7 @@ def open_records(run: Path) -> ds.Dataset:
         return ds.FileSystemDataset(fragments, RECORDS, layout)
 
 
-def read_columns(run: Path, columns: Sequence[str]) -> pa.Table:
+def read_columns(run: Location, columns: Sequence[str]) -> pa.Table:
     """These columns of all records, part after part: no other column's bytes are read.
 
     Raises InputError where a part is missing, damaged, or lacks a column.
@@ -111,7 +114,7 @@ def read_columns(run: Path, columns: Sequence[str]) -> pa.Table:
     return pa.concat_tables([_read(part, columns) for part in _parts(run)])
 
 
-def read_aligned(run: Path, columns: Sequence[str], manifest: Sequence[str] = ()) -> pa.Table:
+def read_aligned(run: Location, columns: Sequence[str], manifest: Sequence[str] = ()) -> pa.Table:
     """`key`, these columns of the records and those of the manifest: a row a sample, in the manifest's order.
 
     Raises InputError where a file is missing or damaged, or where the two do not hold the same samples.
@@ -140,7 +143,7 @@ def align(table: pa.Table, keys: pa.ChunkedArray[Any], name: str, hint: str = _D
     )
 
 
-def _read(path: Path, columns: Sequence[str]) -> pa.Table:
+def _read(path: Location, columns: Sequence[str]) -> pa.Table:
     try:
         with path.open("rb") as file, pq.ParquetFile(file) as table:
             return table.read(columns=list(columns)).select(list(columns))
@@ -148,14 +151,14 @@ def _read(path: Path, columns: Sequence[str]) -> pa.Table:
         raise InputError(f"cannot read {to_text(path)}: {error}", hint=_DAMAGED_HINT) from error
 
 
-def _parts(run: Path) -> list[Path]:
-    parts = sorted((run / "records").glob("part-*.parquet"))
+def _parts(run: Location) -> list[Location]:
+    parts: list[Location] = sorted((run / "records").glob("part-*.parquet"), key=lambda part: part.name)
     if not parts:
         raise InputError(f"{to_text(run)} holds no records", hint=_SCAN_HINT)
     return parts
 
 
-def _finish_time(run: Path) -> datetime:
+def _finish_time(run: Location) -> datetime:
     """`finished` of summary.json; where that cannot be read, the age of _SUCCESS."""
     try:
         finished = datetime.fromisoformat(json.loads((run / "summary.json").read_bytes())["finished"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +16,7 @@ import pyarrow.parquet as pq
 from cdclean.errors import InputError, Status, UsageError
 from cdclean.records import load_run, read_aligned
 from cdclean.schema import DECISIONS
-from cdclean.storage import atomic_write, to_text
+from cdclean.storage import Location, atomic_write, to_text
 
 Unreadable = Literal["drop", "keep"]
 
@@ -36,7 +35,7 @@ class Selection:
 
 
 def select(
-    run: Path, *, quantile: float | None = None, threshold: float | None = None, unreadable: Unreadable = "drop"
+    run: Location, *, quantile: float | None = None, threshold: float | None = None, unreadable: Unreadable = "drop"
 ) -> Selection:
     """Decide about every sample of a complete run by one rule on `mask_norm`.
 
@@ -87,7 +86,7 @@ def select(
     )
 
 
-def write_decisions(run: Path, selection: Selection) -> Path:
+def write_decisions(run: Location, selection: Selection) -> Location:
     """Write decisions.parquet into the run folder, whole or not at all; returns its path.
 
     The rule, the cut-off and the counts stand in the footer, under the key `cdclean.selection`, as JSON.

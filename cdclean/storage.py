@@ -1,7 +1,11 @@
-"""Files: names that are not text, whole-or-absent writes, durable renames, the lock of a run folder.
+"""Files, on local disks and wherever fsspec reaches: names that are not text, whole-or-absent writes, byte ranges.
 
-Keys and urls are text; file names are bytes. `to_text` maps any name to text and back without loss: names that are
-UTF-8 stay as they are (a backslash is doubled), other bytes become \\xNN.
+Keys and urls are text; local file names are bytes. `to_text` maps any name to text and back without loss: names that
+are UTF-8 stay as they are (a backslash is doubled), other bytes become \\xNN.
+
+A `Location` is a local pathlib.Path, or a UPath with the same methods for s3://, gs://, az://, hf://, https://,
+memory:// and the like. Credentials and endpoints come from where each of these usually takes them (for S3: the AWS_*
+variables and ~/.aws), never from cdclean.
 """
 
 from __future__ import annotations
@@ -11,21 +15,67 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 import filelock
+import fsspec
+from upath import UPath
 
 from cdclean.errors import LockedError, OutputError, UsageError
 
+Location = Path | UPath
+
 _TEMPORARY = ".part"  # the end of an unfinished file's name
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
+_EXTRAS |= {"hf": "hf", "http": "http", "https": "http"}
+# What fsspec chains (`::`) or hands to a program or another machine's shell is not storage.
+_REFUSED = {"pipe", "ssh", "sftp", "ftp", "git", "github", "gist", "jupyter", "dask", "data", "reference", "smb"}
 
 
-def to_text(path: str | bytes | os.PathLike[str]) -> str:
+def locate(location: str | os.PathLike[str]) -> Location:
+    """`location`, a path or a URL, as something to read and write. Nothing is looked up yet.
+
+    Raises UsageError for a kind of URL that is not storage, or whose library is not installed.
+    """
+    text = os.fspath(location) if isinstance(location, Path) else str(location)
+    if not _URL.match(text):
+        return Path(text)
+    scheme, _, rest = text.partition("://")
+    if scheme == "file":
+        return Path(rest)
+    if scheme in _REFUSED or "::" in text:
+        raise UsageError(f"{text} is not a place that cdclean reads or writes", hint="Copy it, and give that path.")
+    try:
+        path = UPath(text)
+        _ = path.fs
+    except ImportError as error:
+        extra = _EXTRAS.get(scheme)
+        hint = f"pip install 'cdclean[{extra}]'" if extra else str(error)
+        raise UsageError(f"{scheme}:// needs a library that is not installed", hint=hint) from error
+    except ValueError as error:
+        raise UsageError(f"{text}: {error}", hint="Known: s3://, gs://, az://, hf://, https://, memory://") from error
+    return path
+
+
+def is_local(location: Location) -> bool:
+    return isinstance(location, Path)
+
+
+def local_path(location: str) -> Path:
+    """`location` as a local path. Raises UsageError for a URL, where only a file on this machine will do."""
+    path = locate(location)
+    if not isinstance(path, Path):
+        raise UsageError(f"{location} is remote, and this has to be a local file", hint="Copy it, and give that path.")
+    return path
+
+
+def to_text(path: str | bytes | os.PathLike[str] | UPath) -> str:
     """A path as text that any file format can hold; `from_text` gives the path back."""
-    escaped = os.fsencode(path).replace(b"\\", b"\\\\")
-    return escaped.decode("utf-8", "backslashreplace")
+    raw = path if isinstance(path, bytes) else os.fsencode(path if isinstance(path, str | Path) else str(path))
+    return raw.replace(b"\\", b"\\\\").decode("utf-8", "backslashreplace")
 
 
 def from_text(text: str) -> str:
@@ -38,22 +88,17 @@ def from_text(text: str) -> str:
     return os.fsdecode(raw)
 
 
-def local_path(location: str) -> Path:
-    """`location` as a local path. Raises UsageError for a URL: remote storage is not supported."""
-    scheme, separator, rest = location.partition("://")
-    if separator and scheme == "file":
-        return Path(rest)
-    if separator:
-        raise UsageError(
-            f"{location} is remote; this version reads and writes local folders only",
-            hint="Mount or copy it, and give the local path.",
-        )
-    return Path(location)
-
-
 def read_range(url: str, offset: int, size: int) -> bytes:
-    """`size` bytes from `offset` of the file at `url` (text as `to_text` gives it). Raises OSError."""
-    with open(from_text(url), "rb") as file:  # noqa: PTH123  (Path would refuse nothing, and costs on every file)
+    """`size` bytes from `offset` of the file at `url` (text as `to_text` gives it); fewer where it ends.
+
+    Raises OSError.
+    """
+    path = from_text(url)
+    if _URL.match(path):
+        system, name = fsspec.core.url_to_fs(path)
+        data: bytes = system.cat_file(name, start=offset, end=offset + size) if size else b""
+        return data
+    with open(path, "rb") as file:  # noqa: PTH123  (Path would refuse nothing, and costs on every file)
         file.seek(offset)
         return file.read(size)
 
@@ -68,15 +113,27 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that appears at `path` whole, or not at all: temporary file, fsync, rename.
+def atomic_write(path: Location) -> Iterator[IO[bytes]]:
+    """A binary file that appears at `path` whole, or not at all, and then survives a power cut.
 
+    On a local disk: temporary file, fsync, rename. Elsewhere: an upload that is committed at the end, or aborted.
     Raises OutputError where the disk is full or the folder cannot be written to; what was at `path` stays.
     """
-    temporary: Path | None = None
     try:
-        handle, name = tempfile.mkstemp(_TEMPORARY, f".{path.name}.", path.parent)
-        temporary = Path(name)
+        with _temporary(path) if isinstance(path, Path) else _upload(path) as file:
+            yield file
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {to_text(path)}: {error.strerror or error}",
+            hint="Free space or choose another place, then run the same command again: finished work is kept.",
+        ) from error
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[IO[bytes]]:
+    handle, name = tempfile.mkstemp(_TEMPORARY, f".{path.name}.", path.parent)
+    temporary = Path(name)
+    try:
         with open(handle, "wb") as file:  # noqa: PTH123
             yield file
             file.flush()
@@ -84,14 +141,22 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         os.chmod(temporary, 0o666 & ~_umask())  # noqa: PTH101
         os.replace(temporary, path)  # noqa: PTH105
         sync_folder(path.parent)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {error.strerror or error}",
-            hint="Free space or choose another place, then run the same command again: finished work is kept.",
-        ) from error
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _upload(path: UPath) -> Iterator[IO[bytes]]:
+    file: Any = path.fs.open(path.path, "wb", autocommit=False)
+    try:
+        yield file
+        file.close()  # the last part is sent; nothing is visible before the commit
+    except BaseException:
+        with suppress(OSError):
+            file.discard()
+        file.closed = True  # or it would be closed, and so sent, when it is collected
+        raise
+    file.commit()
 
 
 def _umask() -> int:
@@ -100,20 +165,22 @@ def _umask() -> int:
     return mask
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Location, value: Any) -> None:
     """Write `value` as indented JSON, whole or not at all."""
     with atomic_write(path) as file:
         file.write(json.dumps(value, indent=2, ensure_ascii=True).encode() + b"\n")
 
 
-def is_temporary(path: Path) -> bool:
+def is_temporary(path: Location) -> bool:
     """Whether `path` is what `atomic_write` leaves behind when the process is killed."""
     return path.name.startswith(".") and path.name.endswith(_TEMPORARY)
 
 
-def remove_temporaries(*folders: Path) -> None:
+def remove_temporaries(*folders: Location) -> None:
     """Remove what killed processes have left of unfinished files; the caller holds the lock."""
     for folder in folders:
+        if not isinstance(folder, Path):
+            continue  # an upload that was not finished is in no listing
         for path in folder.glob(f".*{_TEMPORARY}"):
             path.unlink()
 

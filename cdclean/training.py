@@ -323,7 +323,7 @@ def _place(settings: TrainConfig, dataset: datasets.Dataset) -> Path:
     """Where the checkpoint goes, its folder made. Raises UsageError inside the dataset, OutputError if it is taken."""
     out = storage.local_path(settings.out)
     shown = storage.to_text(out)
-    if out.resolve().is_relative_to(dataset.root.resolve()):
+    if isinstance(dataset.root, Path) and out.resolve().is_relative_to(dataset.root.resolve()):
         raise UsageError(f"{shown} would lie inside the dataset, which is never written to", hint="Name another --out.")
     if out.is_dir():
         raise OutputError(f"{shown} is a folder", hint="Name the file: --out probe.pt")

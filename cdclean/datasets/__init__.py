@@ -2,15 +2,7 @@
 
 from __future__ import annotations
 
-from cdclean.datasets.imagefolder import (
-    IMAGE_EXTENSIONS,
-    Dataset,
-    Entry,
-    Sample,
-    classes,
-    open_dataset,
-    samples,
-    walk,
-)
+from cdclean.datasets.imagefolder import IMAGE_EXTENSIONS, Entry, classes, open_dataset, samples, walk
+from cdclean.datasets.sample import Access, Dataset, Sample
 
-__all__ = ["IMAGE_EXTENSIONS", "Dataset", "Entry", "Sample", "classes", "open_dataset", "samples", "walk"]
+__all__ = ["IMAGE_EXTENSIONS", "Access", "Dataset", "Entry", "Sample", "classes", "open_dataset", "samples", "walk"]

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from cdclean.datasets.sample import Dataset, Sample
 from cdclean.errors import DatasetError
 from cdclean.storage import from_text, local_path, to_text
 
@@ -46,31 +47,7 @@ class Entry:
     kind: Kind
     size: int  # in bytes; 0 for all but image and file
     problem: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One image, or what stands where images were expected; all names are text as `storage.to_text` gives it."""
-
-    key: str  # path below the dataset with '/'; a folder that cannot be entered ends in '/'
-    url: str  # absolute path of the file that holds the bytes
-    offset: int  # first byte in that file
-    size: int  # in bytes
-    class_name: str | None  # top-level folder; None for an image directly in the dataset
-    problem: str | None  # why it cannot be read, where indexing saw it: then it must not be opened
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A location that holds images. All names are text as `storage.to_text` gives it."""
-
-    location: str  # absolute path, links resolved
-    kind: str  # "imagefolder"
-    name: str  # last component of the path that was given
-
-    @property
-    def root(self) -> Path:
-        return Path(from_text(self.location))
+    modified: float | None = None  # seconds since 1970
 
 
 def open_dataset(location: str) -> Dataset:
@@ -114,11 +91,12 @@ def samples(dataset: Dataset) -> Iterator[Sample]:
     followed. Raises DatasetError when the dataset's own folder cannot be listed.
     """
     base = dataset.location.rstrip("/") + "/"
-    for entry in walk(dataset.root):
+    for entry in walk(Path(from_text(dataset.location))):
         if _is_sample(entry):
             key = to_text(entry.relative) + ("/" if _is_closed_folder(entry) else "")
             top, slash, _ = key.partition("/")
-            yield Sample(key, base + key, 0, entry.size, top if slash else None, entry.problem)
+            class_name = top if slash else None
+            yield Sample(key, base + key, 0, entry.size, class_name, entry.problem, modified=entry.modified)
 
 
 def classes(dataset: Dataset) -> list[str]:
@@ -127,7 +105,7 @@ def classes(dataset: Dataset) -> list[str]:
     Empty folders and links to folders count, so that no label changes when a class is emptied or moved away. A hidden
     folder (.git, .cache, .ipynb_checkpoints) counts only if there is a sample in it. Raises DatasetError.
     """
-    root = dataset.root
+    root = Path(from_text(dataset.location))
     found = []
     for entry, _ in _children(str(root), "", _root_names(root)):
         folder = entry.kind == "folder"
@@ -168,7 +146,7 @@ def _children(base: str, prefix: str, names: list[bytes]) -> Iterator[tuple[Entr
             yield Entry(relative, kind, 0, f"cannot be examined: {_because(error)}"), []
             continue
         if stat.S_ISREG(status.st_mode):
-            yield Entry(relative, "image" if image else "file", status.st_size), []
+            yield Entry(relative, "image" if image else "file", status.st_size, None, status.st_mtime), []
         elif stat.S_ISLNK(status.st_mode):
             yield _link(base, relative), []
         elif not stat.S_ISDIR(status.st_mode):
@@ -196,7 +174,7 @@ def _link(base: str, relative: str) -> Entry:
         return Entry(relative, "link", 0, "a link out of the dataset; such links are not followed")
     if not stat.S_ISREG(status.st_mode):
         return Entry(relative, "link", 0, f"a link to a {_special(status.st_mode)}")
-    return Entry(relative, "image" if _is_image(relative) else "file", status.st_size)
+    return Entry(relative, "image" if _is_image(relative) else "file", status.st_size, None, status.st_mtime)
 
 
 def _names(folder: str) -> list[bytes]:
