@@ -12,8 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -23,13 +22,19 @@ from torch import Tensor
 
 from cdclean import records, schema, storage
 from cdclean.config import DistillConfig, ModelSpec
+from cdclean.datasets import is_there
+from cdclean.datasets.reading import contents
 from cdclean.distillation import Distilled, distill, sample_seed
-from cdclean.errors import SampleError, Status
+from cdclean.engines.tasks import Task
+from cdclean.errors import IncompleteError, SampleError, Status
 from cdclean.images import MAX_BYTES, Decoded, decode, make_transform, thumbnail
 from cdclean.manifest import Job, read_chunk
+from cdclean.memory import is_out_of_memory, room_on
 from cdclean.models import Classifier, load
+from cdclean.storage import Location
 
 DECODE_THREADS = min(8, os.cpu_count() or 1)
+_KILLED = "scoring it ended the process that did so, twice; it may be made to crash a decoder or the model"
 
 
 @dataclass(frozen=True)
@@ -49,40 +54,70 @@ class ChunkReport:
 class ChunkWorker:
     """Scores one chunk of a run. Everything a score depends on is in these fields and in the manifest."""
 
-    run: Path
+    run: Location
     model: ModelSpec
     distill: DistillConfig  # resolved: batch_size, precision, head and layer are set
     device: str  # a torch device
     threads: int | None  # of one operation on the CPU, the run's own wherever it is resumed; None on other devices
     thumbnail_size: int
+    dataset: tuple[str, str]  # location and kind
     labels: tuple[int | None, ...] | None  # the model's class of each class of the dataset; None: not comparable
 
-    def __call__(self, chunk: int, progress: Callable[[int], object]) -> ChunkReport:
-        """Score chunk number `chunk`, write its part, call `progress(samples)` now and then."""
+    def __call__(self, task: Task, progress: Callable[[int], object]) -> ChunkReport:
+        """Score one chunk and write its part, or get ready. `progress(samples)`: now and then; 0 is a sign of life."""
         started = time.monotonic()
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        samples = read_chunk(self.run / "manifest.parquet", chunk)
+        samples = read_chunk(self.run / "manifest.parquet", task.chunk)
+        known = {} if task.rows else _known(self.run, task.chunk)
+        rows = [_row(sample, known.get(sample.key)) for sample in samples]
+        for index in task.crashed:
+            rows[index] |= {"status": Status.CRASHED, "error": _KILLED}
+        first, last = task.rows or (0, len(rows))
+        wanted = [index for index in range(first, last) if "status" not in rows[index]]
+        progress(len(rows) - len(wanted) if task.rows is None else 0)
+        if task.rows == (0, 0):
+            classifier_on(self.model, self.device, self.distill.precision)
+        if wanted:
+            self._score(samples, rows, wanted, progress)
+            self._require_dataset([rows[i] for i in wanted if samples[i].problem is None])
+        if task.rows is None:
+            write_part(self.run, task.chunk, rows)
+        return self._report(task.chunk, rows[first:last], time.monotonic() - started)
+
+    def _score(
+        self,
+        samples: list[Job],
+        rows: list[dict[str, Any]],
+        wanted: list[int],
+        progress: Callable[[int], object],
+    ) -> None:
+        """Fill in the rows whose numbers are `wanted`."""
         classifier = classifier_on(self.model, self.device, self.distill.precision)
-        rows = [asdict(sample) for sample in samples]
+        progress(0)
+        size = self.distill.batch_size or 1
         with ThreadPoolExecutor(DECODE_THREADS) as pool:
-            for batch in _micro_batches(samples, classifier, self.distill.batch_size or 1, pool, rows, progress):
+            for batch in _micro_batches(samples, rows, wanted, classifier, size, pool, progress):
                 indices, pixels = zip(*batch, strict=True)
-                keys = [rows[i]["key"] for i in indices]
-                distilled, scores = distil_pixels(classifier, torch.stack(pixels), keys, self.distill, self.device)
-                for i, columns in zip(indices, scores, strict=True):
-                    rows[i] |= columns
-                if self.thumbnail_size:
-                    for i, columns in zip(
-                        indices, _pictures(pixels, distilled, self.thumbnail_size, pool), strict=True
-                    ):
-                        rows[i] |= columns
-                progress(len(batch))
-        write_part(self.run, chunk, rows)
-        return self._report(chunk, rows, time.monotonic() - started)
+                hashes = [rows[i]["content_hash"] for i in indices]
+                done = 0
+                for count, columns in _distil_what_fits(classifier, pixels, hashes, self, pool):
+                    for i, found in zip(indices[done : done + count], columns, strict=True):
+                        rows[i] |= found
+                    done += count
+                    progress(count)
+
+    def _require_dataset(self, rows: list[dict[str, Any]]) -> None:
+        """A lost disk or network must not pass for a thousand unreadable samples. Raises IncompleteError."""
+        unread = any(row["status"] == Status.UNREADABLE and "content_hash" not in row for row in rows)
+        if unread and not is_there(*self.dataset):
+            raise IncompleteError(
+                f"the dataset {self.dataset[0]} has gone while it was scored",
+                hint="Mount it, or connect to it again, and run the same command.",
+            )
 
     def _report(self, chunk: int, rows: list[dict[str, Any]], seconds: float) -> ChunkReport:
-        scored = [row for row in rows if row["status"] == Status.OK and row["label"] is not None]
+        scored = [row for row in rows if row.get("status") == Status.OK and row["label"] is not None]
         pairs = [(row.get("prediction"), self.labels[row["label"]]) for row in scored] if self.labels else []
         compared = [(prediction, expected) for prediction, expected in pairs if expected is not None]
         errors = [f"{row['key']}: {row['error']}" for row in rows if row["error"]]
@@ -97,7 +132,26 @@ class ChunkWorker:
         )
 
 
-def write_part(run: Path, chunk: int, rows: list[dict[str, Any]]) -> None:
+def _row(sample: Job, known: dict[str, Any] | None) -> dict[str, Any]:
+    """The beginning of a record; all of it where the sample has one already."""
+    row = {"key": sample.key, "url": sample.url, "label": sample.label, "class_name": sample.class_name}
+    if known is None or known["bytes"] != sample.size:
+        return row
+    return known | row
+
+
+def _known(run: Location, chunk: int) -> dict[str, dict[str, Any]]:
+    """The scores that a part already holds, by key: the rest of its samples is new, or to be tried again."""
+    path = records.part_path(run, chunk)
+    try:
+        with path.open("rb") as file:
+            table = pq.read_table(file, schema=schema.RECORDS, filters=[("status", "=", Status.OK)])
+    except (OSError, pa.ArrowException):
+        return {}  # there is none, or it is damaged
+    return {row["key"]: row for row in table.to_pylist()}
+
+
+def write_part(run: Location, chunk: int, rows: list[dict[str, Any]]) -> None:
     """Write the records of one chunk; the part appears whole or not at all."""
     columns = {name: [row.get(name) for row in rows] for name in schema.RECORDS.names}
     table = pa.table(columns, schema=schema.RECORDS)
@@ -118,10 +172,11 @@ def classifier_on(spec: ModelSpec, device: str, precision: str) -> Classifier:
 
 def _micro_batches(
     samples: list[Job],
+    rows: list[dict[str, Any]],
+    wanted: list[int],
     classifier: Classifier,
     size: int,
     pool: ThreadPoolExecutor,
-    rows: list[dict[str, Any]],
     progress: Callable[[int], object],
 ) -> Iterator[list[tuple[int, Tensor]]]:
     """Readable samples as (index, uint8 pixels), `size` at a time; what can be said of each goes into its row.
@@ -131,7 +186,8 @@ def _micro_batches(
     geometry = classifier.geometry
     read = functools.partial(_read, transform=make_transform(geometry, classifier.mean), channels=geometry.channels)
     batch: list[tuple[int, Tensor]] = []
-    for index, (outcome, known) in enumerate(pool.map(read, samples)):
+    chosen = [samples[index] for index in wanted]
+    for index, (outcome, known) in zip(wanted, pool.map(read, chosen, _contents(chosen)), strict=True):
         rows[index] |= known
         if isinstance(outcome, SampleError):
             rows[index] |= {"status": outcome.status, "error": outcome.reason}
@@ -146,16 +202,32 @@ def _micro_batches(
         yield batch
 
 
-def _read(sample: Job, transform: Any, channels: int) -> tuple[Decoded | SampleError, dict[str, Any]]:
+def _contents(samples: list[Job]) -> Iterator[Callable[[], bytes]]:
+    """What gives each sample's bytes; those that must not be opened, or are too large to be, are passed over."""
+    found = contents(sample for sample in samples if _refusal(sample) is None)
+    for sample in samples:
+        yield next(found) if _refusal(sample) is None else bytes
+
+
+def _refusal(sample: Job) -> SampleError | None:
+    """Why the sample is not even read."""
+    if sample.problem is not None:
+        return SampleError(Status.UNREADABLE, sample.problem)
+    if sample.size > MAX_BYTES:
+        return SampleError(Status.TOO_LARGE, f"{sample.size} bytes; the limit is {MAX_BYTES}")
+    return None
+
+
+def _read(
+    sample: Job, content: Callable[[], bytes], transform: Any, channels: int
+) -> tuple[Decoded | SampleError, dict[str, Any]]:
     """One sample's pixels, or why there are none; and its size and hash, where it could be read."""
     known: dict[str, Any] = {"bytes": sample.size}
+    if refusal := _refusal(sample):
+        return refusal, known
     try:
-        if sample.problem is not None:
-            raise SampleError(Status.UNREADABLE, sample.problem)
-        if sample.size > MAX_BYTES:
-            raise SampleError(Status.TOO_LARGE, f"{sample.size} bytes; the limit is {MAX_BYTES}")
         try:
-            data = storage.read_range(sample.url, sample.offset, sample.size)
+            data = content()
         except OSError as error:
             raise SampleError(Status.UNREADABLE, f"cannot be read: {error.strerror or error}") from error
         if len(data) != sample.size:
@@ -169,16 +241,51 @@ def _read(sample: Job, transform: Any, channels: int) -> tuple[Decoded | SampleE
 # --- distil -> records ---
 
 
+def _distil_what_fits(
+    classifier: Classifier,
+    pixels: tuple[Tensor, ...],
+    hashes: list[str],
+    worker: ChunkWorker,
+    pool: ThreadPoolExecutor,
+) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """Distil one micro-batch, or smaller ones where memory does not suffice: (samples, their columns) for each."""
+    room = room_on(worker.device, worker.distill.batch_size or 1)
+    start = 0
+    while start < len(pixels):
+        part = slice(start, start + room.size)
+        config = replace(worker.distill, batch_size=room.size)
+        try:
+            distilled, columns = distil_pixels(
+                classifier, torch.stack(pixels[part]), hashes[part], config, worker.device
+            )
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if room.size == 1:
+                reason = f"one image alone does not fit into the memory of {worker.device}"
+                yield 1, [{"status": Status.OOM, "error": reason}]
+                start += 1
+            room.shrink()
+            continue
+        room.succeed()
+        if worker.thumbnail_size:
+            drawn = _pictures(pixels[part], distilled, worker.thumbnail_size, pool)
+            columns = [found | pictures for found, pictures in zip(columns, drawn, strict=True)]
+        yield len(columns), columns
+        start += len(columns)
+
+
 def distil_pixels(
-    classifier: Classifier, pixels: Tensor, keys: list[str], config: DistillConfig, device: str
+    classifier: Classifier, pixels: Tensor, hashes: list[str], config: DistillConfig, device: str
 ) -> tuple[Distilled, list[dict[str, Any]]]:
     """Distil one micro-batch of uint8 pixels [B, C, H, W]: the masks, and the columns of the records for each.
 
-    What is not finite in half precision is tried again in fp32; what is not finite then has the status crashed.
+    `hashes`, of the encoded images, seed the colours. What is not finite in half precision is tried again in fp32;
+    what is not finite then has the status crashed.
     """
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
     images = (pixels.to(device).to(dtype) / 255).contiguous(memory_format=torch.channels_last)
-    seeds = [sample_seed(config.seed, key) for key in keys]
+    seeds = [sample_seed(config.seed, content_hash) for content_hash in hashes]
     distilled = distill(classifier.module, images, config, seeds=seeds)
     if config.precision in ("bf16", "fp16") and not _finite(distilled).all():
         again = distill(classifier.module, images, replace(config, precision="fp32"), seeds=seeds)

@@ -18,7 +18,10 @@ Head = Literal["auto", "softmax", "sigmoid", "probabilities", "sigmoid-probabili
 Precision = Literal["auto", "fp32", "bf16", "fp16", "fp64"]
 Resize = Literal["center", "squash", "border"]
 Preset = Literal["default", "paper"]
+Engine = Literal["auto", "serial", "local", "ray"]
 ExportMode = Literal["copy", "hardlink", "symlink", "list"]
+ListFormat = Literal["csv", "jsonl", "parquet"]
+Per = Literal["dataset", "class", "prediction"]
 Unreadable = Literal["drop", "keep"]
 Augment = Literal["none", "flip-crop"]
 Optimizer = Literal["adamw", "sgd"]
@@ -113,24 +116,68 @@ def paper(objective: Objective = "logits") -> DistillConfig:
 
 
 @dataclass(frozen=True)
-class ScanConfig:
-    """One scan: what is read, with which model, how it is scored and in what portions."""
+class Intake:
+    """Which samples of a dataset are taken; the others are not in the run at all."""
 
-    dataset: str
+    include: tuple[str, ...] = ()  # patterns over keys, as of a shell, where * is any text; none: every key
+    exclude: tuple[str, ...] = ()
+    limit: int | None = None  # samples at most, the first ones
+    min_age: float = 0.0  # seconds for which a sample's file must not have changed
+    require_marker: str | None = None  # name of a file that must stand beside a sample's file, or in a folder above
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise UsageError(f"limit must be at least 1, not {self.limit}")
+        if not self.min_age >= 0:
+            raise UsageError(f"min_age is in seconds, 0 or more, not {self.min_age}")
+        if self.require_marker is not None and (not self.require_marker or "/" in self.require_marker):
+            raise UsageError(f"require_marker is the name of a file, not {self.require_marker!r}")
+
+
+@dataclass(frozen=True)
+class ScanConfig:
+    """One scan: what is read, with which model, how it is scored, in what portions, by whom."""
+
+    dataset: str | tuple[str, ...]  # a location, or several of tar shards
     model: ModelSpec
     distill: DistillConfig
     out: str | None = None  # run folder; None: ./<dataset name>.cdclean
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    intake: Intake = Intake()
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, cuda:0,2, mps
+    engine: Engine = "auto"  # auto: local with more than one device or worker
+    workers: int | None = None  # processes; None: one a GPU, or this one
+    ray_address: str | None = None  # of a cluster that is running; None: start one here
+    shard: tuple[int, int] | None = None  # (i, n): every n-th chunk from the i-th, 0 <= i < n; n processes, one run
     chunk_size: int | None = None  # samples a chunk; None: by device and input size
+    batch_size_auto: bool = False  # find the micro-batch by trying
     thumbnail_size: int = 96  # longest side in pixels; 0: none are written
     overwrite: bool = False
+    extend: bool = False  # take in what is new or changed since the run was made
+    retry_errors: bool = False  # score again what has no score
+    wait: float = 0.0  # seconds to wait for another process to let go of the run folder
+    stall: float = 900.0  # seconds without a sign of life after which a worker process is replaced
+    metrics_file: str | None = None  # Prometheus text, for node exporter's textfile collector
     max_error_rate: float | None = None  # gate: share of samples without a score, in [0, 1]
 
     def __post_init__(self) -> None:
-        if self.chunk_size is not None and self.chunk_size < 1:
-            raise UsageError(f"chunk_size must be at least 1, not {self.chunk_size}")
+        for name in ("chunk_size", "workers"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.thumbnail_size < 0:
             raise UsageError(f"thumbnail_size must be 0 or more, not {self.thumbnail_size}")
+        if self.shard is not None and not 0 <= self.shard[0] < self.shard[1]:
+            raise UsageError(
+                f"shard {self.shard[0]}/{self.shard[1]}: the first number runs from 0 to one below the second",
+                hint="Three processes take --shard 0/3, --shard 1/3 and --shard 2/3.",
+            )
+        if self.overwrite and (self.extend or self.retry_errors or self.shard):
+            raise UsageError("overwrite starts anew, so it goes with none of extend, retry_errors and shard")
+        if self.ray_address is not None and self.engine != "ray":
+            raise UsageError("ray_address is for --engine ray")
+
+    @property
+    def locations(self) -> tuple[str, ...]:
+        return (self.dataset,) if isinstance(self.dataset, str) else self.dataset
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from cdclean.config import DistillConfig, ModelSpec, ScanConfig
 from cdclean.console import Console
 from cdclean.errors import UsageError
 from cdclean.exporting import export
+from cdclean.storage import Location
 
 TARGET = 0  # the digit that the patch stands for
 POISON_RATE = 0.05
@@ -42,7 +43,7 @@ class DemoResult:
     dropped: int
     auroc: float
     accuracy: float  # share of predictions of the network that agree with the folders
-    run: Path
+    run: Location
     clean_copy: Path
     example: str  # key of the planted image with the smallest mask
 

@@ -157,9 +157,12 @@ def total_variation(mask: Tensor) -> Tensor:
 # --- Fills: the colours that paint over what is masked out ---
 
 
-def sample_seed(seed: int, key: str) -> int:
-    """The seed of one sample: it depends on the run's seed and the sample's key, so never on its place in a run."""
-    return int.from_bytes(hashlib.sha256(f"{seed}\0{key}".encode()).digest()[:7], "big")
+def sample_seed(seed: int, content_hash: str) -> int:
+    """The seed of one image: from the run's seed and the image's bytes alone.
+
+    So it depends neither on the image's place in a run, nor on what it is called or how the dataset is packed.
+    """
+    return int.from_bytes(hashlib.sha256(f"{seed}\0{content_hash}".encode()).digest()[:7], "big")
 
 
 def draw_noise(seeds: Tensor | list[int], steps: int, channels: int) -> Tensor:

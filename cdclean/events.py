@@ -5,23 +5,55 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cdclean import records, storage
+from cdclean import locks, manifest, records, storage
+from cdclean.storage import Location
+
+_UPLOAD_EVERY = 10.0  # seconds; storage without appending gets the whole file again
 
 
-def append(run: Path, event: str, **details: Any) -> None:
-    with (run / "events.jsonl").open("a") as file:
-        file.write(json.dumps({"time": now(), "event": event, **details}) + "\n")
+@dataclass
+class Log:
+    """Where one process writes what happens; several that score shards of a run have a file each."""
+
+    run: Location
+    name: str = "events.jsonl"
+    _lines: list[str] | None = None  # on remote storage: the whole file
+    _uploaded: float = field(default_factory=time.monotonic)
+
+    def append(self, event: str, **details: Any) -> None:
+        line = json.dumps({"time": now(), "event": event, **details}) + "\n"
+        path = self.run / self.name
+        if isinstance(path, Path):
+            with path.open("a") as file:
+                file.write(line)
+            return
+        if self._lines is None:
+            self._lines = [json.dumps(old) + "\n" for old in _read(path)]
+        self._lines.append(line)
+        if event != "chunk" or time.monotonic() - self._uploaded > _UPLOAD_EVERY:
+            path.write_text("".join(self._lines))
+            self._uploaded = time.monotonic()
 
 
-def read(run: Path) -> Iterator[dict[str, Any]]:
-    """All events so far; the last line of a killed run may be cut, and is then no event."""
+def read(run: Location) -> Iterator[dict[str, Any]]:
+    """All events so far, process after process."""
+    for path in _files(run):
+        yield from _read(path)
+
+
+def _files(run: Location) -> list[Location]:
+    return sorted(run.glob("events*.jsonl"), key=lambda path: str(path))
+
+
+def _read(path: Location) -> Iterator[dict[str, Any]]:
+    """The events in one file; the last line of a killed run may be cut, and is then no event."""
     try:
-        with (run / "events.jsonl").open() as file:
+        with path.open() as file:
             for line in file:
                 try:
                     yield json.loads(line)
@@ -49,29 +81,43 @@ class RunStatus:
     last_error: str | None
 
 
-def status(run: Path) -> RunStatus:
+def status(run: Location) -> RunStatus:
     """How far the scan in `run` is, from its files alone; a scan that is running is not disturbed."""
     content = records.load_run(run, complete=False)
     chunks: dict[int, dict[str, Any]] = {}
-    seconds, fresh = 0.0, 0
-    for event in read(run):
-        if event["event"] == "start":
-            seconds, fresh = 0.0, 0  # the rate is that of the present sitting
-        elif event["event"] == "chunk":
-            chunks[event["chunk"]] = event
-            seconds, fresh = seconds + event["seconds"], fresh + event["samples"]
-    done = sum(event["samples"] for event in chunks.values())
-    rate = fresh / seconds if seconds else None
+    rates: list[float] = []
+    for path in _files(run):
+        begun, ended, fresh = None, None, 0
+        for event in _read(path):
+            if event["event"] == "start":
+                begun, ended, fresh = event["time"], None, 0  # the rate is that of the present sitting
+            elif event["event"] == "chunk":
+                chunks[event["chunk"]] = event
+                ended, fresh = event["time"], fresh + event["samples"]
+        if begun and ended and fresh:
+            took = (datetime.fromisoformat(ended) - datetime.fromisoformat(begun)).total_seconds()
+            rates.append(fresh / max(took, 1e-3))
+    sizes = manifest.chunk_sizes(run / "manifest.parquet")
+    parts = {path.name for path in (run / "records").glob("part-*.parquet")}
+    scored = {chunk for chunk in sizes if records.part_path(run, chunk).name in parts}
+    done = sum(sizes[chunk] for chunk in scored)
+    last = [chunks[chunk] for chunk in scored & chunks.keys()]
+    rate = sum(rates) or None
     complete = (run / "_SUCCESS").exists()
     left = None if complete or not rate else (content["dataset"]["samples"] - done) / rate
-    errors = [event["last_error"] for event in chunks.values() if event["last_error"]]
+    errors = [event["last_error"] for event in last if event["last_error"]]
     return RunStatus(
         run=storage.to_text(run),
-        state="complete" if complete else "running" if storage.is_locked(run) else "stopped",
+        state="complete" if complete else "running" if is_running(run) else "stopped",
         done=done,
         samples=content["dataset"]["samples"],
-        failed=sum(count for event in chunks.values() for name, count in event["status"].items() if name != "ok"),
+        failed=sum(count for event in last for name, count in event["status"].items() if name != "ok"),
         images_per_second=rate,
         seconds_left=left,
         last_error=errors[-1] if errors else None,
     )
+
+
+def is_running(run: Location) -> bool:
+    """Whether a process scores into `run`, all of it or a shard."""
+    return locks.is_locked(run) or any(locks.is_locked(run, path.name) for path in run.glob(".lock-*"))

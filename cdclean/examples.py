@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -17,6 +18,7 @@ from cdclean import datasets, images, storage
 from cdclean.config import Geometry
 from cdclean.console import Console
 from cdclean.datasets import Sample
+from cdclean.datasets.reading import contents
 from cdclean.errors import DatasetError, SampleError, Status
 
 CACHE_BYTES = 4 * 1024**3  # of decoded images that stay in memory; the others are decoded anew every epoch
@@ -37,11 +39,9 @@ class Examples:
 
 def list_examples(dataset: datasets.Dataset, console: Console) -> Examples:
     """What `dataset` has to train on. Raises DatasetError unless that is of two classes or more."""
-    classes = datasets.classes(dataset)
-    index = {name: label for label, name in enumerate(classes)}
     digest = hashlib.sha256()
     samples: list[Sample] = []
-    labels = []
+    names: list[str] = []
     loose = barred = 0
     for sample in datasets.samples(dataset):
         if sample.problem is not None:
@@ -51,16 +51,21 @@ def list_examples(dataset: datasets.Dataset, console: Console) -> Examples:
         else:
             digest.update(f"{sample.key}\0{sample.size}\0".encode())
             samples.append(sample)
-            labels.append(index[sample.class_name])
+            names.append(sample.class_name)
+    classes = datasets.classes(dataset)
+    if classes is None:
+        classes = datasets.class_names(set(names))
+    index = {name: label for label, name in enumerate(classes)}
+    labels = [index[name] for name in names]
     if loose:
-        console.warn(f"{loose} images lie in no class folder and are not trained on")
+        console.warn(f"{loose} images have no label and are not trained on")
     if barred:
         console.warn(f"{barred} links, folders or files cannot be opened and are not trained on")
     if len(set(labels)) < 2:
         found = f"has images of one class only, {samples[0].class_name!r}" if samples else "has no image in a class"
         raise DatasetError(
             f"{dataset.location} {found}; a network learns to tell at least two apart",
-            hint="Give the folder whose subfolders are the classes.",
+            hint="Give a dataset with labels; in a folder of images the subfolders are the classes.",
         )
     return Examples(samples, torch.tensor(labels), classes, digest.hexdigest())
 
@@ -76,6 +81,8 @@ class Loader:
         self.channels = geometry.channels
         self.unreadable: dict[int, str] = {}  # index of the sample -> key and reason; complete after one epoch
         self._cache: dict[int, Tensor] = {}
+        if any(sample.access != "range" for sample in examples.samples):
+            self._read_in_order()
 
     def batches(self, order: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """For each tensor of indices: pixels uint8 [b, C, H, W] and labels int64 [b] of those that can be read."""
@@ -93,13 +100,32 @@ class Loader:
         kept = self._cache.get(index)
         return self.pool.submit(self._read, index) if kept is None else kept
 
+    def _read_in_order(self) -> None:
+        """Decode everything now: tables and compressed shards can be read quickly in their own order only."""
+        samples = self.examples.samples
+        for index, image in enumerate(self.pool.map(self._decode, range(len(samples)), contents(samples))):
+            if image is None:
+                continue
+            self.room -= image.nbytes
+            if self.room < 0:
+                raise DatasetError(
+                    f"{len(samples)} decoded images do not fit into memory, and {samples[index].url} cannot be read "
+                    "in another order than its own",
+                    hint="Train on a part of it, or unpack it: tar shards that are not compressed can be read anyhow.",
+                )
+            self._cache[index] = image
+
     def _read(self, index: int) -> Tensor | None:
+        sample = self.examples.samples[index]
+        return self._decode(index, partial(storage.read_range, sample.url, sample.offset, sample.size))
+
+    def _decode(self, index: int, content: Callable[[], bytes]) -> Tensor | None:
         sample = self.examples.samples[index]
         try:
             if sample.size > images.MAX_BYTES:
                 raise SampleError(Status.TOO_LARGE, f"{sample.size} bytes; the limit is {images.MAX_BYTES}")
             try:
-                data = storage.read_range(sample.url, sample.offset, sample.size)
+                data = content()
             except OSError as error:
                 raise SampleError(Status.UNREADABLE, f"cannot be read: {error.strerror or error}") from error
             return images.decode(data, self.transform, self.channels).pixels

@@ -1,18 +1,22 @@
-"""The manifest: one row per sample of the dataset, in its order, divided into chunks. Written once, read by all."""
+"""The manifest: one row per sample of the dataset, divided into chunks; written when a run begins or is extended."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO, Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cdclean import datasets, schema, storage
-from cdclean.datasets import Dataset, Sample
+from cdclean.datasets import Access, Sample
+from cdclean.storage import Location
 
 _ROWS = 1 << 16  # rows a row group, and samples in memory at a time
 _NAMED = 3  # samples that a message names
@@ -25,7 +29,7 @@ class Index:
     samples: int
     chunks: int
     classes: tuple[str, ...]
-    digest: str  # SHA-256 over key, size and problem of every sample, in order
+    digest: str  # over key, size and problem of every sample, whatever their order
 
 
 @dataclass(frozen=True)
@@ -39,42 +43,83 @@ class Job:
     label: int | None
     class_name: str | None
     problem: str | None
+    access: Access
 
 
-def write(path: Path, dataset: Dataset, chunk_size: int, advance: Callable[[int], object]) -> Index:
-    """List `dataset` into `path`, `chunk_size` samples a chunk; memory does not grow with the dataset."""
-    classes = tuple(datasets.classes(dataset))
-    label = {name: index for index, name in enumerate(classes)}
-    digest = _Digest()
-    count = 0
+def write(
+    path: Location,
+    samples: Iterable[Sample],
+    classes: list[str] | None,
+    chunk_size: int,
+    advance: Callable[[int], object],
+) -> Index:
+    """Write `samples`, `chunk_size` a chunk; memory does not grow with their number.
+
+    `classes` None: they are known when all samples have been seen. Then a draft on the local disk is labelled.
+    """
+    digest, names, count = Digest(), set[str | None](), 0
+    with TemporaryFile() as draft:
+        with pq.ParquetWriter(draft, schema.MANIFEST, compression="zstd") as writer:
+            for batch in batched(samples):
+                chunks = (count + np.arange(len(batch))) // chunk_size
+                table = to_table(batch, chunks)
+                digest.update(table)
+                names |= set(pc.unique(table["class_name"]).to_pylist())
+                writer.write_table(table)
+                count += len(batch)
+                advance(len(batch))
+        named = classes if classes is not None else datasets.class_names({name for name in names if name is not None})
+        write_labelled(path, _tables(draft), named)
+    return Index(count, -(-count // chunk_size), tuple(named), digest.hexdigest())
+
+
+def to_table(batch: list[Sample], chunks: npt.NDArray[np.int64]) -> pa.Table:
+    """Samples as rows of the manifest, not labelled yet."""
+    columns: dict[str, Any] = {
+        name: [getattr(sample, name) for sample in batch]
+        for name in ("key", "url", "offset", "size", "class_name", "problem", "access")
+    }
+    columns |= {"label": pa.nulls(len(batch), pa.int64()), "chunk": chunks.astype(np.int32)}
+    return pa.table({name: columns[name] for name in schema.MANIFEST.names}, schema=schema.MANIFEST)
+
+
+def write_labelled(path: Location, tables: Iterable[pa.Table], classes: list[str]) -> None:
+    """Write rows of the manifest, each with the index of its class among `classes`."""
+    names = pa.array(classes, pa.string())
     with storage.atomic_write(path) as file, pq.ParquetWriter(file, schema.MANIFEST, compression="zstd") as writer:
-        for batch in _batched(datasets.samples(dataset), _ROWS):
-            digest.update(batch)
-            columns = {
-                "key": [sample.key for sample in batch],
-                "url": [sample.url for sample in batch],
-                "offset": [sample.offset for sample in batch],
-                "size": [sample.size for sample in batch],
-                "label": [None if s.class_name is None else label.get(s.class_name) for s in batch],
-                "class_name": [sample.class_name for sample in batch],
-                "problem": [sample.problem for sample in batch],
-                "chunk": [(count + row) // chunk_size for row in range(len(batch))],
-            }
-            writer.write_table(pa.table(columns, schema=schema.MANIFEST))
-            count += len(batch)
-            advance(len(batch))
-    return Index(count, -(-count // chunk_size), classes, digest.hexdigest())
+        for table in tables:
+            # A null would be found among the names only if there were a null in them.
+            labels = pc.cast(pc.index_in(table["class_name"], value_set=names), pa.int64())
+            position = schema.MANIFEST.get_field_index("label")
+            writer.write_table(
+                table.set_column(position, schema.MANIFEST.field(position), labels), row_group_size=_ROWS
+            )
 
 
-def read_chunk(path: Path, chunk: int) -> list[Job]:
+def _tables(draft: IO[bytes]) -> Iterator[pa.Table]:
+    draft.seek(0)
+    with pq.ParquetFile(draft) as file:
+        for group in range(file.num_row_groups):
+            yield file.read_row_group(group)
+
+
+def read_chunk(path: Location, chunk: int) -> list[Job]:
     """The samples of one chunk, in order; only the row groups that hold them are read."""
-    columns = list(Job.__dataclass_fields__)
+    return _jobs(path, pc.field("chunk") == chunk)
+
+
+def find(path: Location, key: str) -> Job | None:
+    """The sample of that key, if there is one."""
+    return next(iter(_jobs(path, pc.field("key") == key)), None)
+
+
+def _jobs(path: Location, where: pc.Expression) -> list[Job]:
     with path.open("rb") as file:
-        table = pq.read_table(file, columns=columns, filters=[("chunk", "=", chunk)])
+        table = pq.read_table(file, columns=list(Job.__dataclass_fields__), filters=where)
     return [Job(**row) for row in table.to_pylist()]
 
 
-def chunk_sizes(path: Path) -> dict[int, int]:
+def chunk_sizes(path: Location) -> dict[int, int]:
     """Chunk -> its number of samples."""
     with path.open("rb") as file:
         chunks = pq.read_table(file, columns=["chunk"])["chunk"]
@@ -82,23 +127,24 @@ def chunk_sizes(path: Path) -> dict[int, int]:
     return dict(zip(numbers.tolist(), counts.tolist(), strict=True))
 
 
-def changes(path: Path, dataset: Dataset, digest: str) -> list[str]:
-    """How `dataset` differs from the manifest at `path`, whose digest is given; empty if it does not.
+def changes(path: Location, samples: Callable[[], Iterable[Sample]], digest: str, *, added: bool = True) -> list[str]:
+    """How a dataset differs from the manifest at `path`, whose digest is given; empty if it does not.
 
-    Names and sizes are compared; bytes are compared with their hashes when a copy is written.
+    `samples` lists the dataset; what came into it counts only if `added`. Names and sizes are compared; bytes are
+    compared with their hashes when a copy is written.
     """
-    now = _Digest()
-    for batch in _batched(datasets.samples(dataset), _ROWS):
-        now.update(batch)
+    now = Digest()
+    for batch in batched(samples()):
+        now.update(to_table(batch, np.zeros(len(batch), np.int64)))
     if now.hexdigest() == digest:
         return []
     with path.open("rb") as file:
         table = pq.read_table(file, columns=["key", "size", "problem"])
     keys, *rest = (table[name].to_pylist() for name in ("key", "size", "problem"))
     before = dict(zip(keys, zip(*rest, strict=True), strict=True))
-    after = {sample.key: (sample.size, sample.problem) for sample in datasets.samples(dataset)}
+    after = {sample.key: (sample.size, sample.problem) for sample in samples()}
     found: dict[str, list[str]] = {
-        "added": [key for key in after if key not in before],
+        "added": [key for key in after if key not in before] if added else [],
         "removed": [str(key) for key in before if key not in after],
         "changed": [key for key, value in after.items() if key in before and before[key] != value],
     }
@@ -106,26 +152,30 @@ def changes(path: Path, dataset: Dataset, digest: str) -> list[str]:
         f"dataset: {len(keys)} samples {what}: {', '.join(keys[:_NAMED])}{', ...' if len(keys) > _NAMED else ''}"
         for what, keys in found.items()
         if keys
-    ] or ["dataset: its samples are the same, in another order"]
+    ]
 
 
-class _Digest:
+class Digest:
+    """Over key, size and problem of samples: the sum of their SHA-256, so that no order is in it."""
+
     def __init__(self) -> None:
-        self._hash = hashlib.sha256()
+        self._sum = 0
 
-    def update(self, samples: list[Sample]) -> None:
-        for sample in samples:
-            self._hash.update(f"{sample.key}\0{sample.size}\0{sample.problem or ''}\0".encode())
+    def update(self, table: pa.Table) -> None:
+        columns = (table[name].to_pylist() for name in ("key", "size", "problem"))
+        for key, size, problem in zip(*columns, strict=True):
+            self._sum += int.from_bytes(hashlib.sha256(f"{key}\0{size}\0{problem or ''}\0".encode()).digest(), "big")
 
     def hexdigest(self) -> str:
-        return self._hash.hexdigest()
+        return f"{self._sum % 2**256:064x}"
 
 
-def _batched(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
+def batched(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
+    """Samples, so many at a time as stand in memory."""
     batch: list[Sample] = []
     for sample in samples:
         batch.append(sample)
-        if len(batch) == size:
+        if len(batch) == _ROWS:
             yield batch
             batch = []
     if batch:

@@ -40,7 +40,7 @@ ConfigFile = Annotated[
         "--config", help="TOML file with a table of options per command.", callback=_load_config, is_eager=True
     ),
 ]
-Run = Annotated[Path | None, typer.Argument(help="Run folder; without one, the newest complete run in this folder.")]
+Run = Annotated[str | None, typer.Argument(help="Run folder; without one, the newest complete run in this folder.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 
 _MODEL = "Model"
@@ -99,7 +99,12 @@ PrecisionOption = Annotated[
     Precision | None, typer.Option(help="Of the model. Default: auto.", rich_help_panel=_DISTILL)
 ]
 BatchSize = Annotated[
-    int | None, typer.Option(help="Images a micro-batch. Default: by device and size.", rich_help_panel=_DISTILL)
+    str | None,
+    typer.Option(
+        help="Images a micro-batch, or auto: find a good one. Default: by device and size.",
+        metavar="N",
+        rich_help_panel=_DISTILL,
+    ),
 ]
 Seed = Annotated[int | None, typer.Option(help="Of the colours. Default: 0.", rich_help_panel=_DISTILL)]
 
@@ -120,6 +125,37 @@ def size(text: str | None) -> tuple[int, int] | None:
     return int(parts[0]), int(parts[-1])
 
 
+def seconds(text: str, option: str) -> float:
+    """`90`, `90s`, `10m`, `2h`, `1d` -> seconds."""
+    number, unit = (text[:-1], text[-1]) if text[-1:] in tuple("smhd") else (text, "s")
+    try:
+        value = float(number)
+    except ValueError:
+        value = -1
+    if not 0 <= value < float("inf"):
+        raise UsageError(f"{option} takes a time such as 90s, 10m or 2h, not {text!r}")
+    return value * {"s": 1, "m": 60, "h": 3600, "d": 86400}[unit]
+
+
+def shard(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal()):
+        raise UsageError(f"--shard takes I/N, such as 0/4 for the first of four, not {text!r}")
+    return int(index), int(count)
+
+
+def _batch_size(text: str | None) -> int | None:
+    """None where it is to be found out: by trying ("auto"), or from device and size."""
+    if text is None or text == "auto":
+        return None
+    try:
+        return int(text)
+    except ValueError as error:
+        raise UsageError(f"--batch-size takes a number or auto, not {text!r}") from error
+
+
 def model_spec(options: dict[str, Any]) -> ModelSpec:
     return ModelSpec(
         source=options["model"],
@@ -136,6 +172,7 @@ def model_spec(options: dict[str, Any]) -> ModelSpec:
 def distill_config(options: dict[str, Any]) -> DistillConfig:
     """The preset, with what was given on the command line put over it."""
     given = {field.name: options.get(field.name) for field in dataclasses.fields(DistillConfig)}
+    given["batch_size"] = _batch_size(options["batch_size"])
     chosen = {name: value for name, value in given.items() if value is not None}
     if options["preset"] == "paper":
         return dataclasses.replace(paper(chosen.pop("objective", "logits")), **chosen)

@@ -81,6 +81,11 @@ def part_path(run: Location, chunk: int) -> Location:
     return run / "records" / f"part-{chunk:05d}.parquet"
 
 
+def chunk_of(part: Location) -> int:
+    """The chunk whose records stand in that file."""
+    return int(part.name.removeprefix("part-").removesuffix(".parquet"))
+
+
 def load_summary(run: Location) -> dict[str, Any]:
     """summary.json of a complete run (schema.SUMMARY). Raises InputError where it cannot be read."""
     try:

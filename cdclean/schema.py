@@ -23,7 +23,7 @@ _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 Columns = list[tuple[str, pa.DataType, str]]
 
 _MANIFEST: Columns = [
-    ("key", pa.string(), "unique name of the sample: its path below the dataset, '/' between folders"),
+    ("key", pa.string(), "unique name of the sample: its path or key in the dataset, '/' between folders"),
     ("url", pa.string(), "file that holds the bytes"),
     ("offset", pa.int64(), "first byte of the sample in that file"),
     ("size", pa.int64(), "number of bytes"),
@@ -31,6 +31,7 @@ _MANIFEST: Columns = [
     ("class_name", pa.string(), "name of that class; null without one"),
     ("problem", pa.string(), "why the sample cannot be read, where indexing already saw it; else null"),
     ("chunk", pa.int32(), "number of the chunk (and of the part file) that scores it"),
+    ("access", pa.string(), "what offset counts: bytes of the file (range), of what it decompresses to, or rows"),
 ]
 
 _RECORDS: Columns = [
@@ -111,8 +112,13 @@ RUN: dict[str, Any] = {
             "required": ["location", "kind", "name", "samples", "classes", "digest"],
             "properties": {
                 "location": {"type": "string"},
-                "kind": {"enum": ["imagefolder"]},
+                "kind": {"enum": ["imagefolder", "webdataset", "parquet", "list"]},
                 "name": {"type": "string"},
+                "files": {
+                    "type": "array",
+                    "items": {"type": "string"},
+                    "description": "shards or tables, in their order; empty for a folder of images",
+                },
                 "samples": {"type": "integer", "minimum": 1},
                 "classes": {"type": "array", "items": {"type": "string"}},
                 "digest": {

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from cdclean import images, storage
+from cdclean import images, manifest, storage
 from cdclean.chunk import distil_pixels
 from cdclean.config import DistillConfig
+from cdclean.datasets.reading import contents
 from cdclean.errors import DatasetError, SampleError
 from cdclean.models import Classifier
+from cdclean.storage import Location
 
 PANEL = 256  # shortest side of one of the three pictures, in pixels
 _MARGIN, _LINE, _TEXT = 16, 22, 15  # pixels
@@ -32,21 +34,17 @@ class Shown:
     confidence: float | None
 
 
-def read_image(name: str, run: Path | None) -> tuple[str, bytes]:
+def read_image(name: str, run: Location | None) -> tuple[str, bytes]:
     """Key and encoded bytes of an image: a file, or a key of `run`. Raises DatasetError where it is neither."""
-    path = storage.local_path(name)
-    if run is not None:
-        with (run / "manifest.parquet").open("rb") as file:
-            table = pq.read_table(file, columns=["url", "offset", "size"], filters=[("key", "=", name)])
-        if table.num_rows:
-            row = table.to_pylist()[0]
-            return name, storage.read_range(row["url"], row["offset"], row["size"])
+    path = storage.locate(name)
     try:
+        if run is not None and (job := manifest.find(run / "manifest.parquet", name)):
+            return name, next(contents([job]))()
         return storage.to_text(path), path.read_bytes()
     except OSError as error:
         where = f"neither a sample of {storage.to_text(run)} nor a file" if run else "not a file that can be read"
         raise DatasetError(
-            f"{storage.to_text(path)} is {where}: {error.strerror}",
+            f"{storage.to_text(path)} is {where}: {error.strerror or error}",
             hint="Give the path of an image, or --run RUN and a key of its records.",
         ) from error
 
@@ -56,8 +54,8 @@ def show(
 ) -> list[Shown]:
     """Distil the images, (key, encoded bytes) each, and write `<folder>/<name>.png` for each.
 
-    `classifier` is on `device`, and `config` is resolved (precision and head are set). A key's score is that of a scan
-    with the same settings. Raises DatasetError for an image that cannot be decoded.
+    `classifier` is on `device`, and `config` is resolved (precision and head are set). An image's score is that of a
+    scan with the same settings. Raises DatasetError for an image that cannot be decoded.
     """
     transform = images.make_transform(classifier.geometry, classifier.mean)
     decoded = []
@@ -73,7 +71,8 @@ def show(
     for start in range(0, len(decoded), size):
         pixels = torch.stack(decoded[start : start + size])
         part = keys[start : start + len(pixels)]
-        distilled, scores = distil_pixels(classifier, pixels, part, config, device)
+        hashes = [hashlib.sha256(data).hexdigest() for _, data in named[start : start + len(pixels)]]
+        distilled, scores = distil_pixels(classifier, pixels, hashes, config, device)
         for key, image, mask, score in zip(part, pixels, distilled.masks.cpu(), scores, strict=True):
             if "mask_norm" not in score:
                 raise DatasetError(f"{key}: {score['error']}")

@@ -19,14 +19,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-import filelock
 import fsspec
 from upath import UPath
 
-from cdclean.errors import LockedError, OutputError, UsageError
+from cdclean.errors import CdcleanError, OutputError, UsageError
 
 Location = Path | UPath
 
+# Of those that reach storage; their exceptions are about places, not bugs.
+_LIBRARIES = ("botocore", "aiobotocore", "s3fs", "gcsfs", "google", "azure", "adlfs", "huggingface_hub", "aiohttp")
 _TEMPORARY = ".part"  # the end of an unfinished file's name
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
@@ -60,8 +61,30 @@ def locate(location: str | os.PathLike[str]) -> Location:
     return path
 
 
+@contextmanager
+def answering() -> Iterator[None]:
+    """Storage libraries raise errors of their own for a network, an account or a server: here they are OSErrors."""
+    try:
+        yield
+    except (OSError, CdcleanError):
+        raise
+    except Exception as error:
+        if not type(error).__module__.startswith(_LIBRARIES):
+            raise
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
 def is_local(location: Location) -> bool:
     return isinstance(location, Path)
+
+
+def is_within(inner: Location, outer: Location) -> bool:
+    """Whether one place is the other, or lies below it, by name; local links are resolved."""
+    if isinstance(inner, Path) and isinstance(outer, Path):
+        return inner.resolve().is_relative_to(outer.resolve())
+    if isinstance(inner, Path) or isinstance(outer, Path):
+        return False
+    return inner.fs == outer.fs and f"{inner.path}/".startswith(f"{outer.path.rstrip('/')}/")
 
 
 def local_path(location: str) -> Path:
@@ -95,9 +118,10 @@ def read_range(url: str, offset: int, size: int) -> bytes:
     """
     path = from_text(url)
     if _URL.match(path):
-        system, name = fsspec.core.url_to_fs(path)
-        data: bytes = system.cat_file(name, start=offset, end=offset + size) if size else b""
-        return data
+        with answering():
+            system, name = fsspec.core.url_to_fs(path)
+            data: bytes = system.cat_file(name, start=offset, end=offset + size) if size else b""
+            return data
     with open(path, "rb") as file:  # noqa: PTH123  (Path would refuse nothing, and costs on every file)
         file.seek(offset)
         return file.read(size)
@@ -120,7 +144,7 @@ def atomic_write(path: Location) -> Iterator[IO[bytes]]:
     Raises OutputError where the disk is full or the folder cannot be written to; what was at `path` stays.
     """
     try:
-        with _temporary(path) if isinstance(path, Path) else _upload(path) as file:
+        with answering(), _temporary(path) if isinstance(path, Path) else _upload(path) as file:
             yield file
     except OSError as error:
         raise OutputError(
@@ -183,33 +207,3 @@ def remove_temporaries(*folders: Location) -> None:
             continue  # an upload that was not finished is in no listing
         for path in folder.glob(f".*{_TEMPORARY}"):
             path.unlink()
-
-
-@contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Hold `folder`/.lock. Raises LockedError when another process has it; ends with the process."""
-    held = filelock.FileLock(folder / ".lock")
-    try:
-        held.acquire(timeout=1)  # is_locked holds it for a moment
-    except filelock.Timeout as error:
-        raise LockedError(
-            f"another cdclean process is writing to {folder}",
-            hint="Wait for it, or look at it with: cdclean status",
-        ) from error
-    try:
-        yield
-    finally:
-        held.release()
-
-
-def is_locked(folder: Path) -> bool:
-    """Whether a process holds `folder`/.lock."""
-    if not (folder / ".lock").exists():
-        return False
-    held = filelock.FileLock(folder / ".lock")
-    try:
-        held.acquire(timeout=0)
-    except filelock.Timeout:
-        return True
-    held.release()
-    return False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,12 +12,14 @@ import pyarrow.compute as pc
 from cdclean import events, records, schema, storage
 from cdclean.console import Console, duration
 from cdclean.errors import GateError
+from cdclean.events import Log
+from cdclean.storage import Location
 
 # Below this share of predictions that equal the label, a model says little about the data.
 AGREEMENT = 2 / 3
 
 
-def write(run: Path, content: dict[str, Any]) -> None:
+def write(run: Location, content: dict[str, Any], log: Log) -> None:
     """Write summary.json, then _SUCCESS: from here on the run is complete."""
     columns = ["status", "label", "prediction", "mask_density"]
     table = records.read_columns(run, columns)
@@ -40,7 +41,7 @@ def write(run: Path, content: dict[str, Any]) -> None:
         "images_per_second": round(scored.num_rows / seconds, 3) if seconds else None,
     }
     storage.write_json(run / "summary.json", summary)
-    events.append(run, "finished", **summary)
+    log.append("finished", **summary)
     with storage.atomic_write(run / "_SUCCESS"):
         pass
 
@@ -64,7 +65,7 @@ def _agreement(scored: pa.Table, content: dict[str, Any]) -> float | None:
     return None if share is None else float(share)
 
 
-def judge(run: Path, content: dict[str, Any], limit: float | None, console: Console) -> None:
+def judge(run: Location, content: dict[str, Any], limit: float | None, console: Console) -> None:
     """Say what a complete run found out; raise GateError where too many samples have no score."""
     summary = records.load_summary(run)
     counts = Counter(summary["status"])

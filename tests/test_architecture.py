@@ -19,8 +19,8 @@ from cdclean import schema
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "cdclean"
 
-FOLDER = {"events", "manifest", "records", "schema", "storage", "summary"}  # the run folder and its files
-VERBS = {"evaluation", "exporting", "run", "selection", "training"}
+FOLDER = {"events", "locks", "manifest", "records", "schema", "storage", "summary"}  # the run folder and its files
+VERBS = {"bias", "evaluation", "exporting", "report", "run", "selection", "training"}
 
 # Room -> the rooms it may import. A room is a module, or a folder of modules, directly below cdclean/.
 ROOMS: dict[str, set[str]] = {
@@ -29,41 +29,53 @@ ROOMS: dict[str, set[str]] = {
     "config": {"errors"},
     "schema": {"errors"},
     "storage": {"errors"},
+    "locks": {"errors", "storage"},
     "console": {"errors"},
     # what is scored, and what is known of it
-    "datasets": {"errors", "storage"},
+    "datasets": {"config", "errors", "storage"},
     "manifest": {"datasets", "errors", "schema", "storage"},
     "records": {"errors", "schema", "storage"},
-    "events": {"errors", "records", "storage"},
+    "events": {"errors", "locks", "manifest", "records", "storage"},
+    "metrics": {"errors"},
+    "extension": {"datasets", "manifest", "records", "schema", "storage"},
     # scoring
     "answers": {"config", "errors"},
     "distillation": {"answers", "config", "errors"},
+    "memory": {"config", "distillation"},
     "images": {"config", "errors"},
     "checkpoints": {"config", "errors", "storage"},
     "networks": {"answers", "checkpoints", "config", "errors", "storage"},
     "models": {"answers", "checkpoints", "config", "errors", "networks", "storage"},
-    "chunk": {"config", "distillation", "errors", "images", "manifest", "models", "records", "schema", "storage"},
-    "engines": {"chunk", "errors"},
+    "engines": {"config", "errors"},
+    "chunk": {"config", "datasets", "distillation", "engines", "errors", "images", "manifest", "memory", "models"}
+    | {"records", "schema", "storage"},
     "summary": {"console", "errors", "events", "records", "schema", "storage"},
-    "run": {"answers", "checkpoints", "chunk", "config", "console", "datasets", "engines", "errors", "models"} | FOLDER,
+    "plan": {"answers", "checkpoints", "chunk", "config", "console", "datasets", "errors", "extension", "memory"}
+    | {"models"}
+    | FOLDER,
+    "run": {"chunk", "config", "console", "datasets", "engines", "errors", "metrics", "plan"} | FOLDER,
     "examples": {"config", "console", "datasets", "errors", "images", "storage"},
     "training": {"checkpoints", "config", "console", "datasets", "errors", "examples", "models", "networks", "storage"},
     # deciding
-    "selection": {"errors", "records", "schema", "storage"},
-    "exporting": {"datasets", "errors", "records", "schema", "storage"},
+    "verdict": {"errors", "records", "storage"},
+    "selection": {"config", "errors", "records", "schema", "storage", "verdict"},
+    "exporting": {"datasets", "errors", "locks", "records", "schema", "storage"},
     "evaluation": {"errors", "records", "storage"},
+    "bias": {"errors", "records", "storage"},
+    "report": {"bias", "config", "errors", "records", "storage", "summary", "verdict"},
     # the surface
-    "show": {"chunk", "config", "errors", "images", "models", "records", "storage"},
+    "show": {"chunk", "config", "datasets", "errors", "images", "manifest", "models", "storage"},
     "demo": {"config", "console", "errors", "records", "storage"} | VERBS,
     "options": {"config", "errors"},
-    "cli": {"config", "console", "demo", "errors", "events", "options", "records", "show", "storage"} | VERBS,
+    "cli": {"config", "console", "demo", "errors", "events", "options", "plan", "records", "show", "storage"} | VERBS,
     "__main__": {"cli"},
     "__init__": {"config", "distillation", "errors"} | VERBS,
 }
 
 # Rooms that work on a machine without torch.
 TORCHLESS = ["config", "schema", "storage", "console", "datasets", "manifest", "records", "events", "summary"]
-TORCHLESS += ["selection", "exporting", "evaluation"]
+TORCHLESS += ["locks", "metrics", "extension", "engines", "verdict", "selection", "exporting", "evaluation", "bias"]
+TORCHLESS += ["report"]
 TORCH = {"torch", "torchvision", "timm", "safetensors"}
 # What must not be loaded to print a help text.
 SLOW = TORCH | {"sklearn", "scipy", "numpy", "pyarrow", "PIL"}

@@ -190,12 +190,12 @@ def test_a_missing_folder_and_its_near_names(tmp_path: Path) -> None:
 
 
 def test_files_pipes_and_dangling_links_are_no_datasets(tmp_path: Path) -> None:
-    make(tmp_path, "cat.png", "data.tar")
+    make(tmp_path, "cat.png", "data.zip")
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "gone").symlink_to("nowhere")
     (tmp_path / "loop").symlink_to("loop")
     assert "is a file" in refusal(tmp_path / "cat.png").message
-    assert "unpack" in refusal(tmp_path / "data.tar").hint
+    assert "is a file" in refusal(tmp_path / "data.zip").message
     assert "named pipe" in refusal(tmp_path / "pipe").message
     assert "leads nowhere" in refusal(tmp_path / "gone").message
     assert "too many levels" in refusal(tmp_path / "loop").message
@@ -212,7 +212,7 @@ def test_a_folder_without_images_says_what_it_holds(tmp_path: Path) -> None:
     for part in ("2 .txt", "1 .csv", "1 without extension", "2 folders"):
         assert part in error.message
     assert ".jpeg" in error.hint
-    make(tmp_path, "train.tar.gz")
+    make(tmp_path, "train.zip")
     assert "Unpack" in refusal(tmp_path).hint
 
 
@@ -237,6 +237,9 @@ def test_a_run_folder_is_not_a_dataset(tmp_path: Path) -> None:
     assert "run folder" in refusal(tmp_path).message
 
 
-def test_remote_datasets_are_a_usage_error() -> None:
-    with pytest.raises(UsageError, match="remote"):
-        open_dataset("s3://bucket/data")
+def test_places_that_are_no_storage() -> None:
+    for url in ("ssh://host/data", "pipe://cat", "simplecache::s3://bucket/data"):
+        with pytest.raises(UsageError, match="not a place"):
+            open_dataset(url)
+    with pytest.raises(UsageError, match="gs:// needs"):
+        open_dataset("gs://bucket/data")

@@ -27,7 +27,7 @@ from PIL import Image
 from cdclean import events, manifest, records, schema, storage
 from cdclean.config import DistillConfig, ModelSpec, ScanConfig
 from cdclean.console import Console
-from cdclean.datasets import open_dataset
+from cdclean.datasets import classes, open_dataset, samples
 from cdclean.errors import ChangedRunError, GateError, IncompleteError, ModelError, UsageError
 from cdclean.run import scan
 
@@ -253,7 +253,7 @@ def test_a_signal_stops_the_command_resumably(
 def test_two_scans_of_one_folder_do_not_meet(dataset: Path, checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "x.cdclean"
     out.mkdir()
-    with storage.lock(out):
+    with locks.lock(out):
         process = start(dataset, checkpoint, out)
         _, errors = process.communicate()
         assert process.returncode == 1
@@ -368,13 +368,13 @@ def test_an_unfinished_run_is_not_read_as_a_finished_one(dataset: Path, checkpoi
 
 def test_indexing_lists_in_chunks_and_sees_what_changed(dataset: Path, tmp_path: Path) -> None:
     found = open_dataset(str(dataset))
-    index = manifest.write(tmp_path / "manifest.parquet", found, 10, lambda _: None)
+    index = manifest.write(tmp_path / "manifest.parquet", samples(found), classes(found), 10, lambda _: None)
     assert (index.samples, index.chunks, index.classes) == (24, 3, ("a", "b", "c"))
     assert manifest.chunk_sizes(tmp_path / "manifest.parquet") == {0: 10, 1: 10, 2: 4}
     jobs = [job for chunk in range(3) for job in manifest.read_chunk(tmp_path / "manifest.parquet", chunk)]
     assert [job.key for job in jobs] == ds.dataset(tmp_path / "manifest.parquet").to_table()["key"].to_pylist()
-    assert manifest.changes(tmp_path / "manifest.parquet", found, index.digest) == []
+    assert manifest.changes(tmp_path / "manifest.parquet", lambda: samples(found), index.digest) == []
     (dataset / "a" / "001.png").write_bytes(b"shorter")
-    assert manifest.changes(tmp_path / "manifest.parquet", found, index.digest) == [
+    assert manifest.changes(tmp_path / "manifest.parquet", lambda: samples(found), index.digest) == [
         "dataset: 1 samples changed: a/001.png"
     ]

@@ -337,7 +337,7 @@ def test_unreadable_images_are_left_out_and_counted(
     assert (trained.images, trained.unreadable) == (30, 3)
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
     assert any("3 of 33 images cannot be read" in line and "blue/cut.png: truncated" in line for line in warnings)
-    assert any("1 images lie in no class folder" in line for line in warnings)
+    assert any("1 images have no label" in line for line in warnings)
     assert any("1 links, folders or files cannot be opened" in line for line in warnings)
 
 

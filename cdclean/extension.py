@@ -1,0 +1,153 @@
+"""A run takes in what has come into its dataset since: the manifest anew, with unchanged samples where they were.
+
+A sample is unchanged if its size is the same and its bytes have the SHA-256 that was recorded. The new manifest
+replaces the old one in one rename. Parts that hold rows of samples that have gone or changed then have more rows than
+the manifest has samples in their chunk; they are written again, with the scores that they hold for the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from cdclean import datasets, manifest, records, schema
+from cdclean.datasets import Sample
+from cdclean.datasets.reading import contents
+from cdclean.manifest import Index
+from cdclean.storage import Location
+
+_THREADS = 8
+
+
+@dataclass(frozen=True)
+class Extension:
+    """What an extended manifest holds, and what is different."""
+
+    index: Index
+    fresh: int  # samples that are new or have changed
+    gone: int  # samples that are no longer there, or not as they were
+
+
+def extend(
+    run: Location,
+    samples: Iterable[Sample],
+    before: list[str],
+    listed: list[str] | None,
+    chunk_size: int,
+    advance: Callable[[int], object],
+) -> Extension:
+    """Bring manifest.parquet up to `samples`, which list the dataset as it is now.
+
+    Class names `before` keep their labels; those that are new (of `listed`, or in the samples) come after them.
+    Fresh samples make chunks of their own, after the others.
+    """
+    path = run / "manifest.parquet"
+    with path.open("rb") as file:
+        old = pq.read_table(file, schema=schema.MANIFEST)
+    hashes = _recorded_hashes(run, old["key"])
+    kept = np.zeros(old.num_rows, np.bool_)
+    moved: dict[int, Sample] = {}
+    fresh: list[pa.Table] = []
+    first = int(old["chunk"].to_numpy().max()) + 1
+    count = 0
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for batch in manifest.batched(samples):
+            found: Any = pc.index_in(pa.array([sample.key for sample in batch]), value_set=old["key"])
+            rows = pc.fill_null(found, -1).to_numpy().astype(np.int64)
+            same = _unchanged(batch, old, rows, hashes, pool)
+            kept[rows[same]] = True
+            moved |= _moved(batch, old, rows, same)
+            new = [sample for sample, is_same in zip(batch, same, strict=True) if not is_same]
+            fresh.append(manifest.to_table(new, first + (count + np.arange(len(new))) // chunk_size))
+            count += len(new)
+            advance(len(batch))
+    table = pa.concat_tables([_relocated(old, moved).filter(pa.array(kept)), *fresh])
+    classes = _classes(before, listed, table)
+    gone = int((~kept).sum())
+    if count or gone or moved:
+        manifest.write_labelled(path, [table], classes)
+    digest = manifest.Digest()
+    for part in table.to_batches(max_chunksize=1 << 16):
+        digest.update(pa.Table.from_batches([part]))
+    chunks = int(pc.count_distinct(table["chunk"]).as_py())
+    return Extension(Index(table.num_rows, chunks, tuple(classes), digest.hexdigest()), count, gone)
+
+
+def _recorded_hashes(run: Location, keys: pa.ChunkedArray[Any]) -> pa.ChunkedArray[Any]:
+    """The SHA-256 that the records hold for each key; null where there is none."""
+    if not any((run / "records").glob("part-*.parquet")):
+        return pa.chunked_array([pa.nulls(len(keys), pa.string())])
+    table = records.read_columns(run, ["key", "content_hash"])
+    return table["content_hash"].take(pc.index_in(keys, value_set=table["key"]))
+
+
+def _unchanged(
+    batch: list[Sample],
+    old: pa.Table,
+    rows: npt.NDArray[np.int64],
+    hashes: pa.ChunkedArray[Any],
+    pool: ThreadPoolExecutor,
+) -> npt.NDArray[np.bool_]:
+    """Which of `batch` are in `old`, at `rows`, with the same size, problem and bytes."""
+    sizes, problems = old["size"].to_numpy(), old["problem"]
+    same = np.zeros(len(batch), np.bool_)
+    compare = []
+    for place, (sample, row) in enumerate(zip(batch, rows.tolist(), strict=True)):
+        if row < 0 or sizes[row] != sample.size or problems[row].as_py() != sample.problem:
+            continue
+        same[place] = True
+        if sample.problem is None and hashes[row].is_valid:
+            compare.append(place)
+    found = pool.map(_hash, contents([batch[place] for place in compare]))
+    for place, content_hash in zip(compare, found, strict=True):
+        same[place] = content_hash == hashes[int(rows[place])].as_py()
+    return same
+
+
+def _hash(content: Callable[[], bytes]) -> str | None:
+    try:
+        return hashlib.sha256(content()).hexdigest()
+    except OSError:
+        return None  # it could be read once: scored again, it gets a row that says why it cannot now
+
+
+def _moved(
+    batch: list[Sample], old: pa.Table, rows: npt.NDArray[np.int64], same: npt.NDArray[np.bool_]
+) -> dict[int, Sample]:
+    """Row of `old` -> the sample, where its bytes now stand elsewhere: in another shard, at another offset."""
+    urls, offsets = old["url"], old["offset"].to_numpy()
+    return {
+        row: sample
+        for sample, row, is_same in zip(batch, rows.tolist(), same.tolist(), strict=True)
+        if is_same and (offsets[row] != sample.offset or urls[row].as_py() != sample.url)
+    }
+
+
+def _relocated(old: pa.Table, moved: dict[int, Sample]) -> pa.Table:
+    if not moved:
+        return old
+    place = {name: old[name].to_pylist() for name in ("url", "offset", "access")}
+    for row, sample in moved.items():
+        for name, values in place.items():
+            values[row] = getattr(sample, name)
+    for name, values in place.items():
+        position = schema.MANIFEST.get_field_index(name)
+        field = schema.MANIFEST.field(position)
+        old = old.set_column(position, field, pa.array(values, field.type))
+    return old
+
+
+def _classes(before: list[str], listed: list[str] | None, table: pa.Table) -> list[str]:
+    found = {name for name in pc.unique(table["class_name"]).to_pylist() if name is not None} | set(before)
+    if listed is None and datasets.class_names(found)[: len(before)] == before:
+        return datasets.class_names(found)  # numbers: the row of them is longer now
+    return before + [name for name in (listed or sorted(found)) if name not in set(before)]

@@ -1,0 +1,152 @@
+"""The same images, stored in every way and place: the same scores, the same decisions, the same clean images."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import timm
+import torch
+
+from cdclean.config import DistillConfig, ModelSpec, ScanConfig
+from cdclean.datasets import open_dataset, samples
+from cdclean.datasets.reading import contents
+from cdclean.evaluation import evaluate
+from cdclean.events import status
+from cdclean.exporting import export
+from cdclean.run import scan
+from cdclean.selection import select, write_decisions
+from cdclean.storage import Location, locate
+from tests.packings import PACKINGS, SIZE, folder, pictures, shards
+
+IMAGES = pictures()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model") / "test_resnet.pt"
+    torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), path)
+    return path
+
+
+def settings(dataset: str, checkpoint: Path, out: Location, **changes: Any) -> ScanConfig:
+    return ScanConfig(
+        dataset=dataset,
+        model=ModelSpec(str(checkpoint), input_size=(SIZE, SIZE)),
+        distill=DistillConfig(steps=3, batch_size=4),
+        out=str(out),
+        device="cpu",
+        chunk_size=8,
+        **changes,
+    )
+
+
+def table(run: Location) -> pa.Table:
+    parts = sorted((run / "records").glob("part-*.parquet"), key=str)
+    return pa.concat_tables([pq.read_table(pa.BufferReader(part.read_bytes())) for part in parts])
+
+
+def scores(run: Location) -> dict[str, tuple[Any, ...]]:
+    """Hash of the image -> everything that was found out about it."""
+    names = ["label", "class_name", "status", "prediction", "confidence", "mask_norm", "divergence", "mask_thumbnail"]
+    return {row["content_hash"]: tuple(map(str, (row[name] for name in names))) for row in table(run).to_pylist()}
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, ...]]:
+    place = tmp_path_factory.mktemp("reference")
+    return scores(scan(settings(folder(place / "data", IMAGES), checkpoint, place / "run.cdclean")))
+
+
+@pytest.mark.parametrize("where", ["disk", "s3"])
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_one_scan_filter_evaluate(
+    packing: str,
+    where: str,
+    reference: dict[str, tuple[Any, ...]],
+    checkpoint: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    place = locate(request.getfixturevalue("s3")) if where == "s3" else tmp_path
+    dataset = PACKINGS[packing](place / "data", IMAGES)
+    run = scan(settings(dataset, checkpoint, place / "run.cdclean"))
+    assert scores(run) == reference
+    assert status(run).state == "complete"
+
+    keys = table(run)["key"].to_pylist()
+    with (tmp_path / "truth.csv").open("w") as file:
+        csv.writer(file).writerows([("key", "is_backdoor"), *((key, int(row < 6)) for row, key in enumerate(keys))])
+    measured = evaluate(run, tmp_path / "truth.csv")
+    assert (measured.samples, measured.backdoored) == (24, 6)
+
+    chosen = select(run, quantile=0.25)
+    write_decisions(run, chosen)
+    clean = place / "clean"
+    export(run, chosen.decisions, clean)
+    smallest = sorted(table(run).to_pylist(), key=lambda row: row["mask_norm"])[:6]
+    kept = set(reference) - {row["content_hash"] for row in smallest}
+    again = scan(settings(str(clean / "list.csv") if packing == "list" else str(clean), checkpoint, tmp_path / "again"))
+    assert {name: value[2:] for name, value in scores(again).items()} == {
+        name: value[2:] for name, value in reference.items() if name in kept
+    }
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_the_bytes_are_those_that_were_stored(packing: str, tmp_path: Path) -> None:
+    found = list(samples(open_dataset(PACKINGS[packing](tmp_path / "data", IMAGES))))
+    assert [read() for read in contents(found)] == list(IMAGES.values())
+    assert [sample.class_name for sample in found] == [key[0] for key in IMAGES]
+    assert all(sample.problem is None and sample.size == len(data) for sample, data in zip(found, IMAGES.values()))
+
+
+def test_compressed_shards_score_as_well(
+    reference: dict[str, tuple[Any, ...]], checkpoint: Path, tmp_path: Path
+) -> None:
+    dataset = shards(tmp_path / "data", IMAGES, compression="gz")
+    assert scores(scan(settings(dataset, checkpoint, tmp_path / "run.cdclean"))) == reference
+
+
+def cli(*arguments: str) -> subprocess.Popen[bytes]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-m", "cdclean", *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_a_run_on_s3_that_is_killed_goes_on(
+    s3: str, reference: dict[str, tuple[Any, ...]], checkpoint: Path, tmp_path: Path
+) -> None:
+    dataset = folder(locate(s3) / "data", IMAGES)
+    out = locate(s3) / "run.cdclean"
+    arguments = ["scan", dataset, "--model", str(checkpoint), "--out", str(out), "--input-size", str(SIZE)]
+    arguments += ["--device", "cpu", "--chunk-size", "8", "--batch-size", "4", "--steps", "3", "--quiet"]
+    process = cli(*arguments)
+    while not list((out / "records").glob("part-*")) and process.poll() is None:
+        time.sleep(0.01)
+        out.fs.invalidate_cache()
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    out.fs.invalidate_cache()
+    assert not (out / "_SUCCESS").exists()
+    done = {path.name for path in (out / "records").glob("part-*")}
+    assert done < {"part-00000.parquet", "part-00001.parquet", "part-00002.parquet"}
+    # The lease is that of a dead process on this host, so it is taken over at once.
+    process = cli(*arguments, "--json")
+    stdout, stderr = process.communicate()
+    assert process.returncode == 0, stderr.decode()
+    assert json.loads(stdout)["samples"] == 24
+    out.fs.invalidate_cache()
+    assert scores(out) == reference
+    assert not (out / ".lock").exists()

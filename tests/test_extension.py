@@ -1,0 +1,207 @@
+"""A run takes in what has changed in its dataset: new scores for what is new, the old ones for the rest."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import timm
+import torch
+
+from cdclean import manifest
+from cdclean.config import DistillConfig, Intake, ModelSpec, ScanConfig
+from cdclean.console import Console
+from cdclean.errors import ChangedRunError, IncompleteError, OutputError
+from cdclean.records import load_run
+from cdclean.run import scan
+from tests.packings import SIZE, folder, pictures, shards
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model") / "test_resnet.pt"
+    torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def settings(checkpoint: Path, tmp_path: Path) -> ScanConfig:
+    return ScanConfig(
+        dataset=folder(tmp_path / "data", pictures(4)),
+        model=ModelSpec(str(checkpoint), input_size=(SIZE, SIZE)),
+        distill=DistillConfig(steps=1, batch_size=4),
+        out=str(tmp_path / "run.cdclean"),
+        device="cpu",
+        chunk_size=5,
+    )
+
+
+def rows(run: Any) -> dict[str, dict[str, Any]]:
+    parts = sorted((run / "records").glob("part-*.parquet"))
+    table = pa.concat_tables([pq.read_table(part) for part in parts])
+    found = {row["key"]: row for row in table.to_pylist()}
+    assert len(found) == table.num_rows, "a key stands in two parts"
+    return found
+
+
+def ages(run: Any) -> dict[str, int]:
+    return {part.name: part.stat().st_mtime_ns for part in (run / "records").glob("part-*.parquet")}
+
+
+def assert_as_if_new(extended: Any, settings: ScanConfig, out: Path) -> None:
+    """The records are those of a scan from scratch; labels, which an extension keeps, aside."""
+    fresh = rows(scan(replace(settings, out=str(out), extend=False)))
+    found = rows(extended)
+    for each in (*fresh.values(), *found.values()):
+        del each["label"]
+    assert found == fresh
+    listed = pq.read_table(extended / "manifest.parquet").to_pylist()
+    assert {row["key"] for row in listed} == set(fresh)
+    content = load_run(extended)
+    assert content["dataset"]["samples"] == len(fresh)
+    assert all(row["label"] == content["dataset"]["classes"].index(row["class_name"]) for row in listed)
+
+
+def test_new_changed_and_removed_samples(settings: ScanConfig, tmp_path: Path) -> None:
+    data = Path(str(settings.dataset))
+    run = scan(settings)
+    before, old = rows(run), ages(run)
+    (data / "a" / "000.png").unlink()  # chunk 0
+    same_size = bytearray((data / "b" / "001.png").read_bytes())  # chunk 1: the size tells nothing
+    same_size[-20] ^= 1
+    (data / "b" / "001.png").write_bytes(same_size)
+    folder(data / "aa", pictures(2, "z"))  # a new class, sorted before others
+    with pytest.raises(ChangedRunError, match="2 samples added"):
+        scan(settings)
+    extended = scan(replace(settings, extend=True))
+    after = rows(extended)
+    assert set(after) == set(before) - {"a/000.png"} | {"aa/z/000.png", "aa/z/001.png"}
+    assert all(after[key] == before[key] for key in after.keys() & before.keys() - {"b/001.png"})
+    assert after["b/001.png"]["content_hash"] != before["b/001.png"]["content_hash"]
+    assert load_run(run)["dataset"]["classes"] == ["a", "b", "c", "aa"]  # no label has moved
+    assert ages(run)["part-00002.parquet"] == old["part-00002.parquet"], "nothing in this chunk has changed"
+    assert_as_if_new(extended, settings, tmp_path / "fresh")
+
+
+def test_nothing_new_leaves_a_complete_run_alone(settings: ScanConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    run = scan(settings)
+    state = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    scan(replace(settings, extend=True), Console())
+    assert "0 samples are new or changed, 0 are gone" in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file() and p.name != ".lock"} == state
+
+
+def test_a_repacked_dataset_keeps_its_scores(settings: ScanConfig, tmp_path: Path) -> None:
+    images = pictures(4)
+    settings = replace(settings, dataset=shards(tmp_path / "shards", images, size=5))
+    run = scan(settings)
+    old = ages(run)
+    for path in (tmp_path / "shards").iterdir():
+        path.unlink()
+    shards(tmp_path / "shards", dict(reversed(images.items())), size=7)
+    scan(replace(settings, extend=True))
+    assert ages(run) == old, "no image has changed"
+    for job in (job for chunk in range(3) for job in manifest.read_chunk(run / "manifest.parquet", chunk)):
+        with open(job.url, "rb") as file:
+            file.seek(job.offset)
+            assert file.read(job.size) == images[f"{job.key}.png"]
+
+
+@pytest.mark.parametrize("where", ["write_labelled", "write_json", "write_part"])
+def test_an_extension_that_is_cut_short_is_made_by_the_same_command(
+    where: str, settings: ScanConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = Path(str(settings.dataset))
+    scan(settings)
+    (data / "a" / "000.png").unlink()
+    folder(data, pictures(6, "c"))
+    home = {"write_labelled": "cdclean.manifest", "write_json": "cdclean.storage", "write_part": "cdclean.chunk"}[where]
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OutputError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{home}.{where}", fail)
+        with pytest.raises((OutputError, IncompleteError)):
+            scan(replace(settings, extend=True))
+    run = scan(replace(settings, extend=True))
+    assert_as_if_new(run, settings, tmp_path / "fresh")
+
+
+def test_any_sequence_of_changes(settings: ScanConfig, tmp_path: Path) -> None:
+    data = Path(str(settings.dataset))
+    generator = random.Random(0)
+    pool = list(pictures(12).items())
+    for _ in range(4):
+        for key, image in generator.sample(pool, 6):
+            path = data / key
+            if path.exists() and generator.random() < 0.5:
+                path.unlink()
+            else:
+                path.parent.mkdir(exist_ok=True)
+                path.write_bytes(generator.choice([image, pool[0][1]]))
+        run = scan(replace(settings, extend=True))
+    assert_as_if_new(run, settings, tmp_path / "fresh")
+
+
+def test_what_has_no_score_is_tried_again_only_when_asked(settings: ScanConfig, tmp_path: Path) -> None:
+    data = Path(str(settings.dataset))
+    path = data / "b" / "001.png"
+    whole = path.read_bytes()
+    path.unlink()
+    path.symlink_to("nowhere.png")  # a problem that the listing sees
+    (data / "a" / "001.png").chmod(0o600)
+    run = scan(settings)
+    assert rows(run)["b/001.png"]["status"] == "unreadable"
+    old = ages(run)
+    scan(replace(settings, retry_errors=True))
+    assert rows(run)["b/001.png"]["status"] == "unreadable"
+    new = ages(run)
+    assert {name for name in old if old[name] != new[name]} == {"part-00001.parquet"}, "only its chunk is written again"
+    path.unlink()
+    path.write_bytes(whole)
+    run = scan(replace(settings, extend=True))
+    assert rows(run)["b/001.png"]["status"] == "ok"
+    assert_as_if_new(run, settings, tmp_path / "fresh")
+
+
+def test_intake(settings: ScanConfig, tmp_path: Path) -> None:
+    data = Path(str(settings.dataset))
+
+    def keys(**intake: Any) -> list[str]:
+        out = tmp_path / "out"
+        run = scan(replace(settings, out=str(out), intake=Intake(**intake), overwrite=True))
+        return sorted(rows(run))
+
+    assert keys(include=("a/*", "b/000*")) == ["a/000.png", "a/001.png", "a/002.png", "a/003.png", "b/000.png"]
+    assert keys(exclude=("*/00[1-3].png",)) == ["a/000.png", "b/000.png", "c/000.png"]
+    assert keys(limit=2) == ["a/000.png", "a/001.png"]
+    (data / "b" / "_DONE").touch()
+    assert keys(require_marker="_DONE") == ["b/000.png", "b/001.png", "b/002.png", "b/003.png"]
+    (data / "_DONE").touch()
+    assert len(keys(require_marker="_DONE")) == 12
+
+
+def test_uploads_under_way_come_later(settings: ScanConfig) -> None:
+    import os
+    import time
+
+    data = Path(str(settings.dataset))
+    hour_ago = time.time() - 3600
+    settings = replace(settings, intake=Intake(min_age=600), extend=True)
+    with pytest.raises(IncompleteError, match="no sample"):
+        scan(settings)
+    for path in (data / "a").iterdir():
+        os.utime(path, (hour_ago, hour_ago))
+    run = scan(settings)
+    assert {key[0] for key in rows(run)} == {"a"}
+    scan(replace(settings, extend=False))  # what is too young is no change
+    for path in (data / "b").iterdir():
+        os.utime(path, (hour_ago, hour_ago))
+    assert {key[0] for key in rows(scan(settings))} == {"a", "b"}
