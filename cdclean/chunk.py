@@ -25,7 +25,7 @@ from cdclean.config import DistillConfig, ModelSpec
 from cdclean.datasets import is_there
 from cdclean.datasets.reading import contents
 from cdclean.distillation import Distilled, distill, sample_seed
-from cdclean.engines.tasks import Task
+from cdclean.engines import Task
 from cdclean.errors import IncompleteError, SampleError, Status
 from cdclean.images import MAX_BYTES, Decoded, decode, make_transform, thumbnail
 from cdclean.manifest import Job, read_chunk
@@ -156,7 +156,8 @@ def write_part(run: Location, chunk: int, rows: list[dict[str, Any]]) -> None:
     columns = {name: [row.get(name) for row in rows] for name in schema.RECORDS.names}
     table = pa.table(columns, schema=schema.RECORDS)
     with storage.atomic_write(records.part_path(run, chunk)) as file:
-        pq.write_table(table, file, compression="zstd")
+        # Small row groups: who wants the pictures of one sample reads those of few others.
+        pq.write_table(table, file, compression="zstd", row_group_size=256)
 
 
 @functools.lru_cache(maxsize=1)
@@ -262,7 +263,8 @@ def _distil_what_fits(
             if not is_out_of_memory(error):
                 raise
             if room.size == 1:
-                reason = f"one image alone does not fit into the memory of {worker.device}"
+                what = str(error).partition("\n")[0]
+                reason = f"one image alone does not fit into the memory of {worker.device}: {what}"
                 yield 1, [{"status": Status.OOM, "error": reason}]
                 start += 1
             room.shrink()

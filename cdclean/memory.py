@@ -16,6 +16,8 @@ _CALM = 16  # micro-batches that must succeed before a larger one is tried again
 _WORTHWHILE = 1.05  # a larger micro-batch must give so many times the images a second
 _TRIAL_STEPS = 2
 _LARGEST = 1024
+# The CPU's allocator and some libraries raise a plain RuntimeError; the last is what oneDNN says of its own code.
+_WORDS = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "could not create a primitive")
 
 
 @dataclass
@@ -52,11 +54,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an operation failed for want of memory, on an accelerator or on the CPU."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    # The CPU's allocator and some CUDA libraries raise a plain RuntimeError.
-    text = str(error)
-    return isinstance(error, RuntimeError) and any(
-        words in text for words in ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    )
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
 
 
 def find_batch_size(model: nn.Module, like: Tensor, config: DistillConfig) -> int:

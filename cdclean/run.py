@@ -7,26 +7,22 @@ under records/ is complete. Nothing else is state, so a run that was killed anyw
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cdclean import datasets, events, locks, manifest, plan, records, storage, summary
+from cdclean import datasets, engines, events, locks, manifest, plan, records, storage, summary
 from cdclean.config import ScanConfig
 from cdclean.console import Console
-from cdclean.engines import local, serial
-from cdclean.engines.tasks import Incident
+from cdclean.engines import Incident
 from cdclean.errors import IncompleteError, OutputError, StoppedError
 from cdclean.metrics import Metrics
 from cdclean.storage import Location
-
-if TYPE_CHECKING:
-    from cdclean.chunk import ChunkReport, ChunkWorker
 
 _EARLY = 64  # samples after which the agreement is first looked at
 
@@ -36,8 +32,8 @@ def scan(settings: ScanConfig, console: Console | None = None) -> Location:
 
     Raises UsageError (2) for settings that do not fit, ChangedRunError (2) if the folder was begun with others,
     DatasetError or ModelError (3), GateError (5) if more samples than `max_error_rate` have no score, LockedError (75)
-    while another process scores into the folder, IncompleteError (4) if the disk is full, no sample is old enough yet,
-    or other shards are not done. However a scan ends, its finished chunks are kept.
+    while another process scores into the folder, IncompleteError (4) if the disk is full or no sample is old enough
+    yet. However a scan ends, its finished chunks are kept. With `shard` the run is complete when the last shard is.
     """
     console = console or Console(quiet=True)
     dataset = datasets.open_dataset(*settings.locations)
@@ -90,15 +86,13 @@ def _score_and_finish(
 
 
 def _finish(run: Location, settings: ScanConfig, content: dict[str, Any], console: Console) -> None:
-    """Sum up, if all chunks have their parts. Raises IncompleteError where shards are outstanding."""
+    """Sum up, if all chunks have their parts; the last of several shards does it for all."""
     if not (run / "_SUCCESS").exists():
         sizes = manifest.chunk_sizes(run / "manifest.parquet")
         missing = sum(not _is_whole(run, chunk, samples) for chunk, samples in sizes.items())
         if missing:
-            raise IncompleteError(
-                f"this shard is done; {missing} of {len(sizes)} chunks are left to the others",
-                hint="The shard that ends last sums up. Run this again when one of them has died.",
-            )
+            console.say(f"this shard is done; {missing} of {len(sizes)} chunks are left to the others")
+            return
         summary.write(run, content, _log(run, settings))
     summary.judge(run, content, settings.max_error_rate, console)
 
@@ -142,14 +136,15 @@ def _score(run: Location, settings: ScanConfig, content: dict[str, Any], metrics
     log.append("start", devices=devices, chunks=len(sizes), done=len(done))
 
     def tell(incident: Incident) -> None:
-        log.append(incident.kind, chunk=incident.chunk, text=incident.text)
-        console.warn(incident.text)
+        log.append(incident.kind, chunk=incident.chunk, rows=list(incident.rows), text=incident.text)
+        if incident.kind != "again":  # said with the death before it
+            console.warn(incident.text)
 
     compared = agreed = 0
     try:
         with (
             console.progress("scoring", data["samples"], before) as advance,
-            closing(_reports(worker, pending, devices, settings, advance, tell)) as reports,
+            closing(engines.run_chunks(worker, pending, devices, settings, advance, tell)) as reports,
         ):
             for report in reports:
                 log.append("chunk", **vars(report))
@@ -162,26 +157,6 @@ def _score(run: Location, settings: ScanConfig, content: dict[str, Any], metrics
         raise
     except OutputError as error:
         raise IncompleteError(error.message, hint=error.hint) from error
-
-
-def _reports(
-    worker: ChunkWorker,
-    pending: dict[int, int],
-    devices: list[str],
-    settings: ScanConfig,
-    advance: Callable[[int], object],
-    tell: Callable[[Incident], object],
-) -> Generator[ChunkReport, None, None]:
-    """Hand the chunks to the engine that was asked for; one report a chunk, as its part is written."""
-    if settings.engine == "ray":
-        from cdclean.engines import cluster
-
-        address, actors = settings.ray_address, settings.workers
-        yield from cluster.run_chunks(worker, pending, address, actors, advance, tell, stall=settings.stall)
-    elif settings.engine == "local" or (settings.engine == "auto" and len(devices) > 1):
-        yield from local.run_chunks(worker, pending, devices, advance, tell, stall=settings.stall)
-    else:
-        yield from serial.run_chunks(worker, pending, advance)
 
 
 def _remove_orphans(run: Location, sizes: dict[int, int]) -> None:

@@ -10,6 +10,7 @@ variables and ~/.aws), never from cdclean.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -171,6 +172,11 @@ def _temporary(path: Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def _upload(path: UPath) -> Iterator[IO[bytes]]:
+    if path.protocol == "memory":  # shows a file as soon as it is opened
+        buffer = io.BytesIO()
+        yield buffer
+        path.write_bytes(buffer.getvalue())
+        return
     file: Any = path.fs.open(path.path, "wb", autocommit=False)
     try:
         yield file

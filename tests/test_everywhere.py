@@ -108,7 +108,9 @@ def test_the_bytes_are_those_that_were_stored(packing: str, tmp_path: Path) -> N
     found = list(samples(open_dataset(PACKINGS[packing](tmp_path / "data", IMAGES))))
     assert [read() for read in contents(found)] == list(IMAGES.values())
     assert [sample.class_name for sample in found] == [key[0] for key in IMAGES]
-    assert all(sample.problem is None and sample.size == len(data) for sample, data in zip(found, IMAGES.values()))
+    assert all(
+        sample.problem is None and sample.size == len(data) for sample, data in zip(found, IMAGES.values(), strict=True)
+    )
 
 
 def test_compressed_shards_score_as_well(

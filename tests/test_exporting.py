@@ -94,7 +94,7 @@ def test_a_sidecar_stays_as_long_as_one_of_its_samples(tmp_path: Path, dropped: 
     data = write_tree(tmp_path / "data", files)
     gone = {f"c/{dropped}", f"c/{dropped}.xml", "c/2.jpg"}
     run = write_run(tmp_path / "x.cdclean", {key: float(key not in gone) for key in images(data)}, dataset=data)
-    export(run, select(run, threshold=0.5).decisions, tmp_path / "clean", quarantine=tmp_path / "bad")
+    export(run, select(run, threshold=0.5, max_drop=1).decisions, tmp_path / "clean", quarantine=tmp_path / "bad")
     assert contents(tmp_path / "bad").keys() == gone
     assert contents(tmp_path / "clean").keys() == files.keys() - gone
 
@@ -125,7 +125,7 @@ def test_clean_quarantine_and_the_rest_are_all_there_is(
         norms = {key: float(fate[key] == "clean") for key in keys if key not in broken}
         run = write_run(folder / "x.cdclean", norms, unreadable=broken, dataset=data)
         before = snapshot(data)
-        selection = select(run, threshold=0.5)
+        selection = select(run, threshold=0.5, max_drop=1)
         done = export(
             run,
             selection.decisions,
@@ -164,7 +164,7 @@ def test_names_that_are_not_text_and_names_that_try(tmp_path: Path) -> None:
     write_tree(data, {from_text("a/\\xff.txt"): b"side"})
     assert images(data) == sorted(names)
     run = write_run(tmp_path / "x.cdclean", {name: float(name == names[0]) for name in names}, dataset=data)
-    decisions = select(run, threshold=0.5).decisions
+    decisions = select(run, threshold=0.5, max_drop=1).decisions
     out = tmp_path / os.fsdecode(b"out\xff")
     done = export(run, decisions, out, quarantine=tmp_path / "bad")
     assert contents(out) == {names[0]: names[0].encode(), "a/\\xff.txt": b"side"}
@@ -201,10 +201,12 @@ def test_symbolic_links_lead_to_the_originals(tmp_path: Path, data: Path, run: P
 def test_a_list_is_a_table_of_paths(tmp_path: Path, data: Path, run: Path) -> None:
     done = export(run, half(run), tmp_path / "a/kept.csv", mode="list", quarantine=tmp_path / "bad.csv")
     kept, bad = read_list(tmp_path / "a/kept.csv"), read_list(tmp_path / "bad.csv")
-    assert kept.column_names == ["key", "url", "label", "class_name", "mask_norm"]
+    scores = ["mask_norm", "mask_density", "prediction", "keep", "reason"]
+    assert kept.column_names == ["key", "url", "label", "class_name", *scores]
     assert kept["key"].to_pylist() == ["cat/1.jpg", "dog/deep/3.jpg"]
     assert kept["url"].to_pylist() == [str(data / "cat/1.jpg"), str(data / "dog/deep/3.jpg")]
-    assert bad.drop(["url"]).to_pylist() == [
+    assert bad["keep"].to_pylist() == [False, False]
+    assert bad.drop(["url", *scores[1:]]).to_pylist() == [
         {"key": "cat/2.png", "label": 0, "class_name": "cat", "mask_norm": 1.0},
         {"key": "owl/4.jpg", "label": 2, "class_name": "owl", "mask_norm": 0.5},
     ]

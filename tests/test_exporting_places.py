@@ -10,12 +10,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from cdclean.errors import InputError, LockedError, OutputError, UsageError
-from cdclean.exporting import export
+from cdclean.exporting import export, places
+from cdclean.locks import lock
 from cdclean.selection import select
-from cdclean.storage import lock
 from tests.runs import FILES, NORMS, contents, half, hidden, images, snapshot, write_run, write_tree
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="as Linux has it")
@@ -93,9 +94,9 @@ def test_the_two_places_lie_beside_each_other(tmp_path: Path, run: Path, out: st
 def test_a_place_that_is_taken_is_kept_unless_overwritten(tmp_path: Path, run: Path) -> None:
     out = write_tree(tmp_path / "clean", {"mine.txt": b"mine"})
     bad = write_tree(tmp_path / "bad", {})
-    for places in ({"out": out}, {"out": tmp_path / "new", "quarantine": out}):
+    for where in ({"out": out}, {"out": tmp_path / "new", "quarantine": out}):
         with pytest.raises(UsageError, match="clean is already there") as error:
-            export(run, half(run), **places)  # type: ignore[arg-type]
+            export(run, half(run), **where)  # type: ignore[arg-type]
         assert "--overwrite" in error.value.hint
     assert contents(tmp_path / "clean") == {"mine.txt": b"mine"}
     assert not (tmp_path / "new").exists()
@@ -298,3 +299,50 @@ def test_a_place_that_cannot_be_made(tmp_path: Path, run: Path) -> None:
             export(run, half(run), tmp_path / "file/below/clean", mode=mode)  # type: ignore[arg-type]
     with pytest.raises(OutputError, match="cannot write"):
         export(run, half(run), tmp_path / ("n" * 250))
+
+
+# ---- disks that take two names for one ---------------------------------------------------------------------------
+
+
+def test_case_is_told_apart_where_the_disk_does(tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    assert places.ignores_case(tmp_path) == (tmp_path / "A").exists()
+    assert contents(tmp_path).keys() == {"a"}
+
+
+@pytest.mark.parametrize(
+    ("names", "collision"),
+    [
+        (["cat/A.jpg", "cat/a.jpg"], "cat/A.jpg and cat/a.jpg are one name"),
+        (["Cat/1.jpg", "cat/2.jpg", "dog/1.jpg", "DOG/2.jpg"], "Cat and cat are one name, and 1 more such names"),
+        (["c/\u03c3.jpg", "c/\u03c2.jpg"], "are one name"),
+        (["c/\u00e9.jpg", "c/e\u0301.jpg"], "are one name"),
+        (["c/\u00c9.jpg", "c/e\u0301.jpg"], "are one name"),
+        (["c/a.jpg", "c/b.jpg", "a/a.jpg"], None),
+    ],
+)
+def test_two_names_for_one_file_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str], collision: str | None
+) -> None:
+    data = write_tree(tmp_path / "data", {name: name.encode() for name in names})
+    run = write_run(tmp_path / "x.cdclean", dict.fromkeys(images(data), 1.0), dataset=data)
+    everything = select(run, quantile=0).decisions
+    if not places.ignores_case(tmp_path):
+        export(run, everything, tmp_path / "fine")
+        assert contents(tmp_path / "fine") == contents(data)
+        monkeypatch.setattr(places, "ignores_case", lambda _: True)
+    if collision is None:
+        export(run, everything, tmp_path / "clean")
+    else:
+        with pytest.raises(UsageError, match=collision) as error:
+            export(run, everything, tmp_path / "clean")
+        assert f"the disk of {tmp_path} ignores case" in error.value.message
+        assert not (tmp_path / "clean").exists()
+    assert hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["../up.jpg", "/etc/x.jpg", "a//b.jpg", "a/../../b.jpg", "a/./b", "..", "a/", "a\0b"])
+def test_names_that_lead_elsewhere_are_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="no name for a file"):
+        places.refuse_unsafe(pa.array(["fine.jpg", name]))
+    places.refuse_unsafe(pa.array(["..a/b..c/...", ".hidden", "a b/c"]))

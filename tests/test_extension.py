@@ -108,7 +108,7 @@ def test_a_repacked_dataset_keeps_its_scores(settings: ScanConfig, tmp_path: Pat
     scan(replace(settings, extend=True))
     assert ages(run) == old, "no image has changed"
     for job in (job for chunk in range(3) for job in manifest.read_chunk(run / "manifest.parquet", chunk)):
-        with open(job.url, "rb") as file:
+        with Path(job.url).open("rb") as file:
             file.seek(job.offset)
             assert file.read(job.size) == images[f"{job.key}.png"]
 

@@ -24,7 +24,7 @@ import timm
 import torch
 from PIL import Image
 
-from cdclean import events, manifest, records, schema, storage
+from cdclean import events, locks, manifest, records, schema
 from cdclean.config import DistillConfig, ModelSpec, ScanConfig
 from cdclean.console import Console
 from cdclean.datasets import classes, open_dataset, samples
@@ -109,8 +109,8 @@ def test_a_run_holds_what_the_schemas_say(dataset: Path, checkpoint: Path, tmp_p
         assert row["steps"] == 3
         assert all(row[name]["bytes"].startswith(b"\x89PNG") for name in table.schema.names if "thumbnail" in name)
     # The names of the parts are the numbers of the chunks, and each holds its chunk.
-    for chunk, samples in manifest.chunk_sizes(run / "manifest.parquet").items():
-        assert pq.read_metadata(records.part_path(run, chunk)).num_rows == samples == 8
+    for chunk, count in manifest.chunk_sizes(run / "manifest.parquet").items():
+        assert pq.read_metadata(records.part_path(run, chunk)).num_rows == count == 8
     assert events.status(run).state == "complete"
 
 

@@ -73,8 +73,8 @@ def test_more_asked_for_is_more_dropped(sizes: tuple[list[float], int], a: float
     with tempfile.TemporaryDirectory() as folder:
         run = make(Path(folder), *sizes)
         fewer, more = (set(dropped(select(run, quantile=quantile))) for quantile in sorted((a, b)))
-        below = select(run, threshold=threshold)
-        further = set(dropped(select(run, threshold=threshold + 1)))
+        below = select(run, threshold=threshold, max_drop=1)
+        further = set(dropped(select(run, threshold=threshold + 1, max_drop=1)))
     assert fewer <= more
     assert set(dropped(below)) <= further
     assert below.kept + below.dropped + below.unreadable == below.samples
@@ -85,7 +85,7 @@ def test_reasons_are_sentences_a_person_understands(tmp_path: Path) -> None:
     run = write_run(
         tmp_path / "x.cdclean", {"a": 12.3456, "b": 19.99999, "c": 20.0}, unreadable={"d": "truncated", "e": None}
     )
-    selection = select(run, threshold=20)
+    selection = select(run, threshold=20, max_drop=1)
     assert selection.decisions["reason"].to_pylist() == [
         "mask_norm 12.34 is below 20",
         "mask_norm 19.99 is below 20",
@@ -158,10 +158,14 @@ def test_decisions_are_a_parquet_file_that_says_how_it_came_about(tmp_path: Path
     assert json.loads(metadata[b"cdclean.selection"]) == {
         "rule": "among the smallest 67 %",
         "cutoff": 2.0,
+        "cutoffs": {},
         "samples": 4,
         "kept": 1,
         "dropped": 2,
         "unreadable": 1,
+        "kept_by_list": 0,
+        "dropped_by_list": 0,
+        "verdict": None,
     }
     before = sorted(run.iterdir())
     write_decisions(run, select(run, threshold=0.5))
@@ -192,13 +196,13 @@ def test_a_share_is_what_it_says_in_decimals(tmp_path: Path) -> None:
 
 def test_a_norm_of_a_sample_that_was_not_scored_says_nothing(tmp_path: Path) -> None:
     run = write_run(tmp_path / "x.cdclean", {"a": 1.0, "b": 0.0, "c": 2.0}, unreadable={"b": "crashed later"})
-    for selection in (select(run, quantile=0.5), select(run, threshold=1.5)):
+    for selection in (select(run, quantile=0.5), select(run, threshold=1.5, max_drop=0.5)):
         assert (dropped(selection), selection.unreadable) == (["a"], 1)
 
 
 def test_nothing_after_scoring_imports_torch() -> None:
     code = (
-        "import sys, cdclean.records, cdclean.selection, cdclean.exporting, cdclean.evaluation;"
+        "import sys, cdclean.records, cdclean.selection, cdclean.verdict, cdclean.exporting, cdclean.evaluation;"
         "assert 'torch' not in sys.modules and 'timm' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

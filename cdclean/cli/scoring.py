@@ -153,7 +153,11 @@ def scan(
     from cdclean import records, run, storage
 
     folder = run.scan(settings, console)
-    console.result(storage.to_text(folder), {"run": storage.to_text(folder)} | records.load_summary(folder))
+    name = {"run": storage.to_text(folder)}
+    if not (folder / "_SUCCESS").exists():  # other shards are not done
+        console.result(storage.to_text(folder), name | {"complete": False})
+        return
+    console.result(storage.to_text(folder), name | {"complete": True} | records.load_summary(folder))
     console.say("next: cdclean report, to look at it; cdclean filter --auto or --quantile 0.1, to clean")
 
 

@@ -189,7 +189,7 @@ def _remote_children(
             yield Entry(relative, "special", 0, f"its name is {name!r}, which is no file's"), []
         elif info["type"] != "directory":
             kind: Kind = "image" if is_image(relative) else "file"
-            yield Entry(relative, kind, int(info.get("size") or 0), None, _modified(info)), []
+            yield Entry(relative, kind, int(info.get("size") or 0), None, modified(info)), []
         else:
             try:
                 inside = _remote_listing(root, relative)
@@ -200,7 +200,7 @@ def _remote_children(
                     yield Entry(relative, "folder", 0), inside
 
 
-def _modified(info: dict[str, Any]) -> float | None:
+def modified(info: dict[str, Any]) -> float | None:
     """When the file last changed; every file system has its own name for it."""
     for name in ("LastModified", "mtime", "updated", "last_modified", "created"):
         value = info.get(name)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 
-from cdclean.chunk import ChunkReport, ChunkWorker
+from cdclean.engines.tasks import Report, Task, Worker
 
 
-def run_chunks(worker: ChunkWorker, chunks: Iterable[int], progress: Callable[[int], object]) -> Iterator[ChunkReport]:
+def run_chunks(
+    worker: Worker[Report], pending: Iterable[int], progress: Callable[[int], object]
+) -> Generator[Report, None, None]:
     """Yield the report of every chunk as soon as its part is on disk; `progress(samples)` is called in between."""
-    for chunk in chunks:
-        yield worker(chunk, progress)
+    for chunk in pending:
+        yield worker(Task(chunk), progress)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import enum
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,9 @@ import pyarrow.compute as pc
 
 from cdclean.datasets import Entry, walk
 from cdclean.errors import InputError, Status
-from cdclean.storage import to_text
+from cdclean.exporting import remote
+from cdclean.exporting.filled import Filled
+from cdclean.storage import Location, to_text
 
 _ENTRIES = 1 << 14  # entries in memory at a time
 _SAME = "Bring the dataset back to what was scanned, or scan it again."
@@ -44,15 +45,8 @@ FILES = pa.schema(_COLUMNS)
 
 
 @dataclass(frozen=True)
-class Count:
-    samples: int
-    others: int  # sidecars, and files that belong to no sample
-    bytes: int
-
-
-@dataclass(frozen=True)
 class Plan:
-    root: Path
+    root: Location
     files: pa.Table  # FILES, a row for every file of the dataset
     folders: list[str]  # below root, as os functions take them, each after the one that holds it
     emptied: tuple[str, ...]  # classes (text) that had samples, and keep none
@@ -63,11 +57,12 @@ class Plan:
         """The rows of `files` that have this fate."""
         return self.files.filter(pa.array(self._has(fate)))
 
-    def count(self, fate: Fate) -> Count:
+    def count(self, fate: Fate) -> Filled:
         """What `part` holds."""
         has = self._has(fate)
         samples = int(self.files["sample"].to_numpy()[has].sum())
-        return Count(samples, int(has.sum()) - samples, int(self.files["size"].to_numpy()[has].sum()))
+        size = int(self.files["size"].to_numpy()[has].sum())
+        return Filled(samples, int(has.sum()) - samples, size, self.emptied if fate is Fate.KEPT else ())
 
     def _has(self, fate: Fate) -> npt.NDArray[np.bool_]:
         has: npt.NDArray[np.bool_] = self.files["fate"].to_numpy() == fate
@@ -81,7 +76,7 @@ def fates(samples: pa.Table) -> npt.NDArray[np.int8]:
     return np.select([keep, scored], [Fate.KEPT, Fate.DROPPED], Fate.LEFT_OUT).astype(np.int8)
 
 
-def make(root: Path, samples: pa.Table, wanted: Collection[Fate]) -> Plan:
+def make(root: Location, samples: pa.Table, wanted: Collection[Fate]) -> Plan:
     """Compare the dataset at `root` with `samples`: key, status, content_hash, size, class_name, problem, keep.
 
     Raises InputError, naming the sample, where one with a wanted fate is gone or has another size.
@@ -115,7 +110,7 @@ def make(root: Path, samples: pa.Table, wanted: Collection[Fate]) -> Plan:
     )
 
 
-def _list(root: Path) -> tuple[pa.Table, pa.Table, list[str], list[str]]:
+def _list(root: Location) -> tuple[pa.Table, pa.Table, list[str], list[str]]:
     """Images and other files (key, size); folders; keys of what must not be opened."""
     layout = pa.schema(_COLUMNS[:2])
     tables: dict[str, list[pa.Table]] = {"image": [layout.empty_table()], "file": [layout.empty_table()]}
@@ -132,7 +127,7 @@ def _list(root: Path) -> tuple[pa.Table, pa.Table, list[str], list[str]]:
             problems.append(to_text(entry.relative))
         elif entry.kind == "folder":
             folders.append(entry.relative)
-        else:
+        elif entry.relative != remote.SUCCESS:  # left by an earlier export: it says nothing of this one
             waiting[entry.kind].append(entry)
             if len(waiting[entry.kind]) == _ENTRIES:
                 store(entry.kind)

@@ -1,0 +1,288 @@
+"""A run as one page for the person who has to decide: self-contained HTML that fetches nothing.
+
+gathering.py reads the numbers and the few pictures, figures.py lays out the charts, commands.py writes command lines,
+rendering.py fills page.html.j2 with its style and script.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from cdclean import __version__, records
+from cdclean.config import fingerprint
+from cdclean.errors import UsageError
+from cdclean.report import commands, figures, gathering
+from cdclean.report.figures import CutOff, percent
+from cdclean.report.gathering import ClassTable, Decided, Item, Mask, Names, Rows, Samples, State
+from cdclean.report.rendering import render
+from cdclean.storage import Location, atomic_write
+from cdclean.summary import AGREEMENT
+from cdclean.verdict import Verdict, judge
+
+SAMPLES_SHOWN = 24  # a gallery
+_MOST_SHOWN = 500
+_FEW = 20  # samples, below which a histogram says nothing
+_ATTRIBUTES = 200  # rows of the table of attributes, at most
+_WIDTHS = (560.0, 340.0)  # of the charts, on wide and on narrow screens
+_OUTCOMES = {"backdoor": "Looks like a backdoor", "clean": "No sign of a backdoor", "unclear": "Unclear"}
+
+
+@dataclass(frozen=True)
+class Gallery:
+    id: str  # in the page
+    short: str  # in its menu
+    title: str
+    words: str  # with {count}, of the items
+    rows: Rows
+    items: Sequence[Item] = ()
+
+
+def write(
+    run: Location,
+    out: Location | None = None,
+    *,
+    samples_shown: int = SAMPLES_SHOWN,
+    attributes: Location | None = None,
+) -> Location:
+    """Write the report of a complete run as one HTML file, whole or not at all; returns its location.
+
+    out: the file; report.html in the run folder without it.
+    samples_shown: samples in each gallery, 0 to 500. Numbers are always of all samples.
+    attributes: a table for `bias.analyse`, whose result is then part of the page.
+
+    The same run gives the same bytes. Raises UsageError for a number out of range, InputError where the run cannot be
+    read, IncompleteError where its scan has not finished and OutputError where the file cannot be written.
+    """
+    if not 0 <= samples_shown <= _MOST_SHOWN:
+        raise UsageError(f"samples_shown must be in [0, {_MOST_SHOWN}], not {samples_shown}")
+    content = records.load_run(run)
+    page = render(_context(run, content, samples_shown, attributes))
+    target = out if out is not None else run / "report.html"
+    with atomic_write(target) as file:
+        file.write(page.encode())
+    return target
+
+
+def _context(run: Location, content: dict[str, Any], samples_shown: int, attributes: Location | None) -> dict[str, Any]:
+    """The template's variables."""
+    summary = records.load_summary(run)
+    samples = gathering.read_samples(run, content)
+    decided = gathering.read_decisions(run, samples)
+    verdict = judge(run)
+    marked = samples.scored & (verdict.suspects if decided is None else ~decided.keep)
+    cutoffs = _cutoffs(verdict, decided)
+    names = gathering.class_names(content)
+    comparable = set(names or ()).intersection(content["dataset"]["classes"])
+    predicted = gathering.predicted_names(samples, names)
+    galleries = []
+    for gallery in _galleries(samples, cutoffs, samples_shown):
+        states = _states(gallery.rows, verdict, decided)
+        items = gathering.items(run, samples, gallery.rows, predicted, states, comparable)
+        words = gallery.words.format(count=f"{len(items):,}")
+        galleries.append(replace(gallery, words=words, items=items))
+    shown = [item for gallery in galleries for item in gallery.items]
+    name = content["dataset"]["name"]
+    return {
+        "version": __version__,
+        "name": name,
+        "created": str(summary["finished"])[:10],
+        "store": "cdclean-" + fingerprint([content["dataset"]["location"], content["config"]])[:16],
+        "slug": commands.slug(name),
+        "verdict": verdict,
+        "evidence": [(name.replace("_", " "), f"{value:.4g}") for name, value in verdict.evidence.items()],
+        "decided": decided,
+        "disagreement": summary["agreement"] if (summary["agreement"] or 1) < AGREEMENT else None,
+        "words": {
+            "outcome": _OUTCOMES[verdict.outcome],
+            "marked": "dropped" if decided else "suspects",
+            "rest": "kept" if decided else "all others",
+        },
+        "numbers": _numbers(samples, marked, decided, summary),
+        "commands": _commands(run, content, verdict, decided is not None, attributes),
+        "marked": int(marked.sum()),
+        "cutoffs": cutoffs,
+        "figures": _figures(samples, marked, cutoffs),
+        "tables": _tables(samples, predicted, marked),
+        "bias": _bias(run, attributes),
+        "galleries": galleries,
+        "pictures": any(item.pictures for item in shown) or not shown,
+        "shown": len({item.key for item in shown}),
+        "samples": samples.table.num_rows,
+        "scored": len(samples.order),
+        "failures": gathering.failures(samples),
+        "settings": _settings(content, summary),
+    }
+
+
+def _cutoffs(verdict: Verdict, decided: Decided | None) -> list[CutOff]:
+    found = []
+    if decided is not None and decided.cutoff is not None:
+        found.append(CutOff(decided.cutoff, "decided", "by-decision"))
+    if verdict.cutoff is not None:
+        found.append(CutOff(verdict.cutoff, "verdict’s", "by-verdict"))
+    return found
+
+
+def _galleries(samples: Samples, cutoffs: Sequence[CutOff], count: int) -> list[Gallery]:
+    if not len(samples.order) or not count:
+        return []
+    smallest, drawn = gathering.smallest(samples, count), gathering.random(samples, count)
+    words = "The {count} images of which the model needs least. Look for one mark that comes back."
+    found = [Gallery("smallest", "Smallest", "The smallest masks", words, smallest)]
+    if cutoffs:
+        line = cutoffs[0]
+        words = (
+            f"The images just below and just above the {line.name} cut-off, {percent(line.density)}: where a cut-off "
+            "errs, it errs here."
+        )
+        rows = gathering.around(samples, line.density, count)
+        found.append(Gallery("around", "Cut-off", "Around the cut-off", words, rows))
+    words = "{count} of all scored images, for comparison: this is what ordinary masks look like."
+    found.append(Gallery("random", "Random", "Drawn at random", words, drawn))
+    return found
+
+
+def _tables(samples: Samples, predicted: Names, marked: Mask) -> list[tuple[str, str, ClassTable]]:
+    """id, title and table, by label and by prediction; one table where the two are the same."""
+    by_label = gathering.class_table(samples, samples.table["class_name"].combine_chunks(), marked)
+    by_prediction = gathering.class_table(samples, predicted, marked)
+    if by_label is not None and by_label == by_prediction:
+        return [("by-label", "By class of the dataset; predictions give the same numbers", by_label)]
+    found = [
+        ("by-label", "By class of the dataset", by_label),
+        ("by-prediction", "By prediction of the model", by_prediction),
+    ]
+    return [(id_, title, table) for id_, title, table in found if table is not None]
+
+
+def _states(rows: Rows, verdict: Verdict, decided: Decided | None) -> list[State]:
+    if decided is not None:
+        return ["kept" if keep else "dropped" for keep in decided.keep[rows]]
+    return ["suspect" if suspect else "" for suspect in np.asarray(verdict.suspects)[rows]]
+
+
+def _figures(samples: Samples, marked: Mask, cutoffs: Sequence[CutOff]) -> list[dict[str, Any]]:
+    """All masks, and the smallest ones again with counts of their own."""
+    density, kinds = samples.density[samples.order], marked[samples.order]
+    if not len(density):
+        return []
+    # The cut-offs and a little more; the bulk beyond them would press everything else flat.
+    edge = 1.25 * max((line.density for line in cutoffs), default=0.0)
+    if int((density <= edge).sum()) < _FEW:
+        edge = float(np.quantile(density, gathering.SMALLEST))
+    found: list[tuple[str, str, float | None]] = [("All masks", "How many images need how much.", None)]
+    if _FEW <= int((density <= edge).sum()) < len(density) / 2:
+        found.append(("The small end", f"The same up to {percent(edge)}, with counts of its own.", edge))
+    drawn = []
+    for title, words, below in found:
+        counts = figures.histogram(density, kinds, below=below)
+        if counts is None:
+            continue
+        scale = " The scale is logarithmic." if counts.logarithmic else ""
+        wide, narrow = (figures.draw(counts, cutoffs, width) for width in _WIDTHS)
+        edges = counts.edges.tolist()
+        rows = zip(edges[:-1], edges[1:], counts.marked.tolist(), counts.rest.tolist(), strict=True)
+        drawn.append(
+            {
+                "title": title,
+                "words": words + scale,
+                "wide": wide,
+                "narrow": narrow,
+                "rows": [row for row in rows if row[2] or row[3]],
+            }
+        )
+    return drawn
+
+
+def _numbers(
+    samples: Samples, marked: Mask, decided: Decided | None, summary: dict[str, Any]
+) -> list[tuple[str, str, str]]:
+    """The strip below the verdict: label, value, remark."""
+    scored, total = len(samples.order), samples.table.num_rows
+    density = samples.density[samples.order]
+    count = int(marked.sum())
+    found = [("samples", f"{total:,}", "")]
+    if scored:
+        found += [
+            ("dropped" if decided else "suspects", f"{count:,}", percent(count / scored)),
+            ("smallest mask", percent(float(density[0])), ""),
+            ("middle mask", percent(float(np.median(density))), ""),
+        ]
+    if summary["agreement"] is not None:
+        found.append(("predictions equal labels", percent(summary["agreement"]), ""))
+    return [*found, ("without a score", f"{total - scored:,}", "")]
+
+
+def _commands(
+    run: Location, content: dict[str, Any], verdict: Verdict, decided: bool, attributes: Location | None
+) -> dict[str, str]:
+    """Lines to paste. An unclear verdict makes `--auto` write nothing, whatever the lists say: then another rule."""
+    place, slug = commands.place(run), commands.slug(content["dataset"]["name"])
+    unclear = verdict.outcome == "unclear"
+    some = commands.filter_(run, rule="--quantile 0.05" if unclear else "--auto", replaces=decided)
+    none = commands.filter_(run, rule="--quantile 0" if unclear else "--auto", replaces=decided)
+    table = f" --attributes {commands.place(attributes)}" if attributes is not None else ""
+    return {
+        "filter": some,
+        "filter_keep": f"{some} --keep {slug}-keep.csv",
+        "filter_only": none,
+        "filter_drop": f"{none} --drop {slug}-drop.csv",
+        "scan": commands.scan(content, run),
+        "report": f"cdclean report {place}{table}",
+    }
+
+
+def _bias(run: Location, attributes: Location | None) -> dict[str, Any] | None:
+    """What the section on attributes shows; None without a table of them."""
+    if attributes is None:
+        return None
+    from cdclean import bias
+
+    found = bias.analyse(run, attributes)
+    return {
+        "sentence": bias.sentence(found),
+        "rows": found.rows[:_ATTRIBUTES],
+        "more": max(0, len(found.rows) - _ATTRIBUTES),
+        "found": found,
+    }
+
+
+def _settings(content: dict[str, Any], summary: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Everything that run.json says, in sections, and what summary.json adds."""
+    titles = {
+        "dataset": "Dataset",
+        "model": "Model",
+        "config": "What was asked for",
+        "plan": "How it was done",
+        "versions": "Versions",
+    }
+    sections = [(title, list(_flat(content.get(name, {})))) for name, title in titles.items()]
+    other = {name: value for name, value in content.items() if name not in titles}
+    other |= {name: summary.get(name) for name in ("finished", "seconds", "images_per_second")}
+    return [*((title, rows) for title, rows in sections if rows), ("Run", list(_flat(other)))]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    found = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found += _flat(value, f"{prefix}{name}.")
+        else:
+            found.append((f"{prefix}{name}", _told(value)))
+    return found
+
+
+def _told(value: Any) -> str:
+    """A setting in words; of a long list its beginning."""
+    if value is None:
+        return "not set"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        more = f" and {len(value) - 20:,} more" if len(value) > 20 else ""
+        return ", ".join(_told(item) for item in value[:20]) + more if value else "none"
+    return str(value)

@@ -1,0 +1,96 @@
+"""Command lines that a reader can paste into a shell: what made a run, and what to do with it next."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shlex
+from typing import Any
+
+from cdclean.config import DistillConfig, paper
+from cdclean.storage import Location, from_text
+
+_ESCAPES = {"\\": "\\\\", "'": "\\'", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
+# Settings of a mask that have no option of their own: only a preset changes them.
+_BY_PRESET = ("betas", "pixel_cost", "smoothness", "temperature", "relative")
+
+
+def filter_(run: Location, *, rule: str, replaces: bool) -> str:
+    """The command that filters `run` by `rule`; `replaces`: an earlier copy makes way for the new one."""
+    return f"cdclean filter {place(run)} {rule}{' --overwrite' if replaces else ''}"
+
+
+def place(location: Location) -> str:
+    """`location` as a word of a command line."""
+    return word(str(location))
+
+
+def word(text: str) -> str:
+    """`text`, with surrogate escapes for bytes that are not UTF-8, as one word for bash and zsh."""
+    if text.isprintable():
+        return shlex.quote(f"./{text}" if text.startswith("-") else text)
+    return "$'" + "".join(_escaped(letter) for letter in text) + "'"
+
+
+def scan(content: dict[str, Any], run: Location) -> str:
+    """The command that makes the run described by `content` (run.json) anew, in the folder `run`."""
+    model, asked = content["model"], content["config"].get("model", {})
+    taken = content["config"].get("dataset", {})
+    words = ["cdclean", "scan", word(from_text(content["dataset"]["location"]))]
+    words += ["--model", word(from_text(str(model.get("source") or "MODEL")))]
+    size = asked.get("input_size")
+    given: dict[str, Any] = {
+        "arch": asked.get("arch"),
+        "input-size": f"{size[0]}x{size[1]}" if size else None,
+        "mean": _listed(asked.get("mean")),
+        "std": _listed(asked.get("std")),
+        "crop": asked.get("crop"),
+        "resize": asked.get("resize"),
+        **_distillation(content["config"].get("distill", {})),
+    }
+    thumbnails = content["config"].get("thumbnail_size", 96)
+    given["thumbnail-size"] = thumbnails if thumbnails != 96 else None
+    options = [(name, value) for name in ("include", "exclude") for value in taken.get(name) or ()]
+    options += [("limit", taken.get("limit")), *given.items()]
+    for name, value in options:
+        if value is not None:
+            words += [f"--{name}", word(str(value))]
+    if asked.get("trust_checkpoint"):
+        words.append("--trust-checkpoint")
+    return " ".join([*words, "--out", place(run)])
+
+
+def _distillation(asked: dict[str, Any]) -> dict[str, Any]:
+    """The options by which the settings differ from their defaults, or from the preset they come from."""
+    known = {field.name for field in dataclasses.fields(DistillConfig)}
+    asked = {name: tuple(v) if isinstance(v, list) else v for name, v in asked.items() if name in known}
+    objective = asked.get("objective", "probabilities")
+    base, preset = DistillConfig(objective=objective), None
+    if objective != "probabilities":
+        published = paper(objective)
+        if all(asked.get(name) == getattr(published, name) for name in _BY_PRESET):
+            base, preset = published, "paper"
+    named = objective if objective != ("logits" if preset else "probabilities") else None
+    options = {"preset": preset, "objective": named}
+    for name, value in asked.items():
+        if name not in (*_BY_PRESET, "objective") and value != getattr(base, name):
+            options[name.replace("_", "-")] = value
+    return options
+
+
+def _listed(values: list[float] | None) -> str | None:
+    return None if values is None else ",".join(f"{value:g}" for value in values)
+
+
+def _escaped(letter: str) -> str:
+    if letter in _ESCAPES:
+        return _ESCAPES[letter]
+    if letter.isprintable():
+        return letter
+    return "".join(f"\\x{byte:02x}" for byte in os.fsencode(letter))
+
+
+def slug(name: str) -> str:
+    """`name` as the beginning of a file name that needs no quotes."""
+    return re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.")[:60] or "run"

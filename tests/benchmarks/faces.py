@@ -1,0 +1,191 @@
+"""Bias on faces: does a shortcut come out first, and is nothing significant where there is none?
+
+A small network learns gender from 1,050 faces of FairFace, 75 of every gender and race, and `bias` looks at its masks:
+
+- `artefact`: a magenta square, 1.6 % of the image, is drawn on 60 % of the women and on 2 % of the men;
+- `race`: nothing is drawn, but 90 % of the East Asian and White faces are women, and 90 % of the Black and Indian ones
+  are men; the other three races are balanced;
+- `none`: nothing is drawn, everything is balanced;
+- `random`: everything is balanced, and half of the faces have the square, whatever their gender.
+
+    python -m tests.benchmarks.faces          # reads ../shared, writes results/faces.json and results/faces.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import platform
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+
+from cdclean import bias
+from cdclean.bias import Bias
+from cdclean.config import DistillConfig, ModelSpec, ScanConfig
+from cdclean.run import scan
+from cdclean.training import TrainConfig, train
+
+FACES = Path(__file__).parents[3] / "shared" / "data" / "fairface96.parquet"
+RESULTS = Path(__file__).parent / "results"
+DATE = "2026-11-22"
+
+SIZE = 64  # pixels a side
+CELL = 75  # faces of every gender and race
+SQUARE = (4, 52, 12, 60)  # left, top, right, bottom
+MAGENTA = (255, 0, 255)
+GENDERS = ("Male", "Female")
+# Case -> the share of the men, and of the women, that get the square.
+DRAWN = {"artefact": (0.02, 0.6), "race": (0.0, 0.0), "none": (0.0, 0.0), "random": (0.5, 0.5)}
+# Race -> the share of women among its faces in the case `race`.
+WOMEN = {"East Asian": 0.9, "White": 0.9, "Black": 0.1, "Indian": 0.1}
+SEEDS = {"artefact": (0, 1), "race": (0, 1), "none": (0, 1), "random": (0, 1)}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One network: how well it knows its faces, and what `bias` says of the run and within its predictions."""
+
+    case: str
+    seed: int
+    accuracy: float  # on the faces it learned
+    whole: Bias
+    within: Bias
+
+
+def write_faces(folder: Path, case: str, seed: int, cell: int = CELL) -> Path:
+    """The faces of a case as `folder`/faces/<gender>/*.png; returns the table of their attributes."""
+    table = pq.read_table(FACES)
+    gender, race = (np.array(table[name].to_pylist()) for name in ("gender", "race"))
+    ages = table["age"].to_pylist()
+    generator = np.random.default_rng(seed)
+    attributes = folder / "attributes.csv"
+    with attributes.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["key", "race", "age", "square"])
+        for name in sorted(set(race.tolist())):
+            women = round(2 * cell * (WOMEN.get(name, 0.5) if case == "race" else 0.5))
+            for code, count in enumerate((2 * cell - women, women)):
+                found = np.flatnonzero((race == name) & (gender == code))
+                for index in generator.choice(found, count, replace=False).tolist():
+                    drawn = generator.random() < DRAWN[case][code]
+                    key = f"{GENDERS[code]}/{index:04d}.png"
+                    path = folder / "faces" / key
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    with Image.open(io.BytesIO(table["image"][index].as_py())) as image:
+                        face = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+                    if drawn:
+                        face.paste(MAGENTA, SQUARE)
+                    face.save(path)
+                    rows.writerow([key, name, ages[index], "yes" if drawn else "no"])
+    return attributes
+
+
+def measure(case: str, seed: int, folder: Path) -> Measured:
+    """Train, scan and analyse one case in an empty folder. About two minutes on one core."""
+    attributes = write_faces(folder, case, seed)
+    model, faces = str(folder / "probe.pt"), str(folder / "faces")
+    learned = train(
+        TrainConfig(
+            dataset=faces,
+            arch="timm:test_resnet",
+            out=model,
+            epochs=12,
+            batch_size=64,
+            input_size=(SIZE, SIZE),
+            device="cpu",
+            precision="fp32",
+            seed=seed,
+        )
+    )
+    run = scan(
+        ScanConfig(
+            dataset=faces,
+            model=ModelSpec(model),
+            distill=DistillConfig(seed=seed),
+            out=str(folder / "faces.cdclean"),
+            device="cpu",
+            thumbnail_size=0,
+        )
+    )
+    whole, within = bias.analyse(run, attributes), bias.analyse(run, attributes, within="prediction")
+    return Measured(case, seed, learned.accuracy, whole, within)
+
+
+def markdown(about: dict[str, str], measured: list[Measured]) -> str:
+    lines = ["# Bias on faces", "", f"{about['machine']}, {about['versions']}, {about['date']}.", ""]
+    lines += [
+        "What the cases are stands in tests/benchmarks/faces.py. Small: the smallest tenth of the masks; of the run"
+    ]
+    lines += ["(whole), or of each predicted class (within). Significant: q <= 0.05 of Fisher's exact test.", ""]
+    lines += ["| case | seed | accuracy | compared | tested | significant | first |", "|---|---|---|---|---|---|---|"]
+    for item in measured:
+        for name, found in (("whole", item.whole), ("within", item.within)):
+            counts = f"{len(found.rows)} | {len(found.significant)}"
+            lines.append(f"| {item.case} | {item.seed} | {item.accuracy:.3f} | {name} | {counts} | {_first(found)} |")
+    lines += ["", "All significant values:", ""]
+    for item in measured:
+        for name, found in (("whole", item.whole), ("within", item.within)):
+            lines += [f"- {item.case}, seed {item.seed}, {name}: {text}" for text in _significant(found)]
+    return "\n".join(lines) + "\n"
+
+
+def _first(found: Bias) -> str:
+    if not found.rows:
+        return "-"
+    row = found.rows[0]
+    where = f", among predicted {row.within}" if row.within else ""
+    figures = f"{row.observed} of {row.small}, {row.expected:.1f} expected; odds ratio {row.effect:.2f}"
+    return f"{row.attribute} = {row.value}{where}: {figures} ({row.low:.2f} to {row.high:.2f}), q {row.q_value:.2g}"
+
+
+def _significant(found: Bias) -> Iterator[str]:
+    for row in found.significant:
+        where = f" among predicted {row.within}" if row.within else ""
+        yield f"{row.attribute} = {row.value}{where}, {row.effect:.2f} ({row.low:.2f} to {row.high:.2f})"
+
+
+def _plain(item: Measured) -> dict[str, Any]:
+    """With all significant rows, and at least the first three."""
+    plain: dict[str, Any] = {"case": item.case, "seed": item.seed, "accuracy": round(item.accuracy, 4)}
+    for name, found in (("whole", item.whole), ("within", item.within)):
+        shown = found.rows[: max(3, len(found.significant))]
+        plain[name] = {"scored": found.scored, "small": found.small, "tested": len(found.rows)}
+        plain[name] |= {"significant": len(found.significant), "rows": [asdict(row) for row in shown]}
+    return plain
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=DRAWN, action="append", help="only this one; may be given again")
+    cases = parser.parse_args().case or list(DRAWN)
+    torch.set_num_threads(1)
+    measured = []
+    for case in cases:
+        for seed in SEEDS[case]:
+            with tempfile.TemporaryDirectory() as folder:
+                measured.append(measure(case, seed, Path(folder)))
+            print(case, seed, f"accuracy {measured[-1].accuracy:.3f}", bias.sentence(measured[-1].whole), flush=True)
+    names = ("cdclean", "torch", "timm", "scipy", "numpy")
+    about = {
+        "date": DATE,
+        "machine": f"{platform.machine()} CPU, {torch.get_num_threads()} thread",
+        "versions": ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in names)]),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "faces.md").write_text(markdown(about, measured))
+    (RESULTS / "faces.json").write_text(json.dumps(about | {"measured": list(map(_plain, measured))}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
