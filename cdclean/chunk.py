@@ -29,7 +29,7 @@ from cdclean.engines import Task
 from cdclean.errors import IncompleteError, SampleError, Status
 from cdclean.images import MAX_BYTES, Decoded, decode, make_transform, thumbnail
 from cdclean.manifest import Job, read_chunk
-from cdclean.memory import is_out_of_memory, room_on
+from cdclean.memory import is_out_of_memory, release, room_on
 from cdclean.models import Classifier, load
 from cdclean.storage import Location
 
@@ -268,6 +268,7 @@ def _distil_what_fits(
                 yield 1, [{"status": Status.OOM, "error": reason}]
                 start += 1
             room.shrink()
+            release()
             continue
         room.succeed()
         if worker.thumbnail_size:

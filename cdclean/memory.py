@@ -29,11 +29,8 @@ class Room:
     calm: int = 0  # micro-batches since the last change
 
     def shrink(self) -> None:
-        """After a failure: half of it, the device's caches emptied."""
+        """After a failure: half of it."""
         self.size, self.calm = max(1, self.size // 2), 0
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
     def succeed(self) -> None:
         """After a success: twice as many once `_CALM` have succeeded, for whoever took the memory may be gone."""
@@ -57,6 +54,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
 
 
+def release() -> None:
+    """Give back what nothing holds any more, before a smaller try."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def find_batch_size(model: nn.Module, like: Tensor, config: DistillConfig) -> int:
     """The micro-batch after which doubling gains less than 5 % images a second, or does not fit.
 
@@ -76,7 +80,7 @@ def find_batch_size(model: nn.Module, like: Tensor, config: DistillConfig) -> in
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            room_on(str(like.device), size).shrink()
+            release()
             break
         if now < _WORTHWHILE * rate:
             break

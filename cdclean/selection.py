@@ -11,11 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.json
 import pyarrow.parquet as pq
 
-from cdclean import config, verdict
+from cdclean import config, keylists, verdict
 from cdclean.errors import GateError, InputError, Status, UsageError
 from cdclean.records import load_run, read_aligned, read_columns
 from cdclean.schema import DECISIONS
@@ -30,10 +28,8 @@ Norms = npt.NDArray[np.float64]
 MAX_DROP = 0.3  # the share that a rule may drop, where the rule itself does not name a share
 _EXAMPLE = "For example: cdclean filter --quantile 0.1"
 _WHOSE = {"dataset": "", "class": " of its class", "prediction": " of its predicted class"}
-_LAYOUT = "A list is a CSV, JSON Lines or Parquet file with a column key, or text with one key a line."
 # Settings that change the last digits of a norm, not what it means; `layer` matters to one objective alone.
 _HARMLESS = {"seed", "batch_size", "precision"}
-_NAMED = 3  # keys in a message
 
 
 @dataclass(frozen=True)
@@ -138,10 +134,11 @@ def select(
         assert sigma is not None
         ruled = _by_sigma(scores, sigma, per)
 
-    saved, doomed = _listed(keep, table["key"]), _listed(drop, table["key"])
+    saved, doomed = keylists.listed(keep, table["key"]), keylists.listed(drop, table["key"])
     if (both := saved & doomed).any():
+        names = keylists.some(table["key"].filter(pa.array(both)))
         raise InputError(
-            f"{_some(table['key'].filter(pa.array(both)))} stand in both {_name(keep)} and {_name(drop)}",
+            f"{names} stand in both {keylists.name_of(keep)} and {keylists.name_of(drop)}",
             hint="Take each out of one of the lists.",
         )
     limit = max_drop if max_drop is not None else 1.0 if name == "quantile" else MAX_DROP
@@ -149,7 +146,7 @@ def select(
     keeps, reasons = _decide(table, scores.scored, ruled, unreadable)
     dropped = doomed | (ruled.dropped & ~saved)
     for listed, word, path in ((saved, "kept", keep), (doomed, "dropped", drop)):
-        reasons = pc.if_else(pa.array(listed), pa.scalar(f"{word}: listed in {_name(path)}"), reasons)
+        reasons = pc.if_else(pa.array(listed), pa.scalar(f"{word}: listed in {keylists.name_of(path)}"), reasons)
     return Selection(
         decisions=pa.table([table["key"], pa.array((keeps | saved) & ~doomed), reasons], schema=DECISIONS),
         rule=ruled.words,
@@ -371,65 +368,3 @@ def _decide(table: pa.Table, scored: Mask, ruled: _Ruled, unreadable: Unreadable
     )
     reason = pc.if_else(pa.array(~scored), problem, pc.if_else(pa.array(ruled.dropped), because, "scored, kept"))
     return (~ruled.dropped if unreadable == "keep" else scored & ~ruled.dropped), reason
-
-
-# --- Lists of keys ---
-
-
-def _listed(path: Location | None, keys: pa.ChunkedArray[Any]) -> Mask:
-    """Which of `keys` stand in the list at `path`. Raises InputError where it cannot be read or names others."""
-    if path is None:
-        return np.zeros(len(keys), np.bool_)
-    listed = _read_list(path)
-    strangers = pc.unique(listed.filter(pc.invert(pc.is_in(listed, value_set=keys))))
-    if len(strangers):
-        raise InputError(
-            f"{len(strangers)} keys in {to_text(path)} are of no sample of this run: {_some(strangers)}",
-            hint=f"A key of this run is {keys[0].as_py()!r}. {_LAYOUT}",
-        )
-    return pc.is_in(keys, value_set=listed).to_numpy(zero_copy_only=False)
-
-
-def _read_list(path: Location) -> pa.Array[Any]:
-    name, ending, text = to_text(path), path.suffix.lower(), pa.schema([("key", pa.string())])
-    try:
-        with path.open("rb") as file:
-            if ending == ".csv":
-                parse = pa.csv.ParseOptions(newlines_in_values=True)  # a file name may hold one
-                convert = pa.csv.ConvertOptions(column_types=text, include_columns=["key"], strings_can_be_null=False)
-                table = pa.csv.read_csv(file, parse_options=parse, convert_options=convert)
-            elif ending in (".jsonl", ".ndjson"):
-                options = pa.json.ParseOptions(explicit_schema=text, unexpected_field_behavior="ignore")
-                table = pa.json.read_json(file, parse_options=options)
-            elif ending == ".parquet":
-                table = _read_parquet(file, name)
-            else:
-                lines = file.read().decode("utf-8-sig").split("\n")  # splitlines() would split at more than that
-                table = pa.table({"key": [line.removesuffix("\r") for line in lines if line.strip()]}, schema=text)
-    except OSError as error:
-        raise InputError(f"cannot read {name}: {error.strerror or error}", hint=_LAYOUT) from error
-    except (pa.ArrowException, UnicodeDecodeError, KeyError) as error:
-        raise InputError(f"cannot read {name}: {error}", hint=_LAYOUT) from error
-    keys = table["key"].combine_chunks()
-    if keys.null_count:
-        raise InputError(f"{name} holds {keys.null_count} rows without a key", hint=_LAYOUT)
-    return keys
-
-
-def _read_parquet(file: Any, name: str) -> pa.Table:
-    table = pq.ParquetFile(file)
-    if "keep" in table.schema_arrow.names:
-        raise InputError(
-            f"{name} holds decisions: it names every sample, those that stay and those that go",
-            hint="Write the keys you mean into a list of their own.",
-        )
-    return table.read(columns=["key"]).select(["key"]).cast(pa.schema([("key", pa.string())]))
-
-
-def _name(path: Location | None) -> str:
-    return to_text(path.name) if path is not None else ""
-
-
-def _some(keys: Any) -> str:
-    more = f" and {len(keys) - _NAMED} more" if len(keys) > _NAMED else ""
-    return ", ".join(repr(key.as_py()) for key in keys[:_NAMED]) + more

@@ -33,7 +33,7 @@ _TEMPORARY = ".part"  # the end of an unfinished file's name
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
 _EXTRAS |= {"hf": "hf", "http": "http", "https": "http"}
-# What fsspec chains (`::`) or hands to a program or another machine's shell is not storage.
+# What fsspec hands to a program or another machine's shell is not storage.
 _REFUSED = {"pipe", "ssh", "sftp", "ftp", "git", "github", "gist", "jupyter", "dask", "data", "reference", "smb"}
 
 
@@ -43,12 +43,14 @@ def locate(location: str | os.PathLike[str]) -> Location:
     Raises UsageError for a kind of URL that is not storage, or whose library is not installed.
     """
     text = os.fspath(location) if isinstance(location, Path) else str(location)
+    if "::" in text and "://" in text:
+        raise UsageError(f"{text} is not a place that cdclean reads or writes", hint="Copy it, and give that path.")
     if not _URL.match(text):
         return Path(text)
     scheme, _, rest = text.partition("://")
     if scheme == "file":
         return Path(rest)
-    if scheme in _REFUSED or "::" in text:
+    if scheme in _REFUSED:
         raise UsageError(f"{text} is not a place that cdclean reads or writes", hint="Copy it, and give that path.")
     try:
         path = UPath(text)

@@ -8,8 +8,8 @@ And are these a group of their own, beside a bulk that is as it is elsewhere? A 
 such bulk, and the tail of a class is no group: where a mixture of normal distributions is fitted to the class, no
 component of it lies mostly out there.
 
-The thresholds were chosen on the scores of six backdoored and five clean small networks, and tried on six others and
-one: of 1-10 % poison, patches, blended pictures and a watermark are found where the group is large enough, with 80 to
+The thresholds were chosen on the scores of six backdoored and four clean small networks, and tried on six others and
+one: of 1-10 % poison, patches, blended pictures and a watermark are found where the group is large enough, with 75 to
 100 % of their samples and under 2 % of the clean ones. Warped, tinted and low-frequency triggers, whose masks and
 margins overlap with those of clean images, end as "unclear" or unseen: no sign is no proof. What is reproducible from
 public networks stands in tests/benchmarks/results/verdict.md.
@@ -186,7 +186,7 @@ def _backdoor(
 
 def _at_least(group: _Group) -> float:
     """The lower end of the 95 % interval (Jeffreys) of the share of the group that is beyond the other classes."""
-    from scipy.stats import beta  # type: ignore[import-untyped]
+    from scipy.stats import beta
 
     inside, outside = group.beyond * group.size, (1 - group.beyond) * group.size
     return float(beta.ppf(0.025, inside + 0.5, max(outside, 0) + 0.5))

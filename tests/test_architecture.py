@@ -58,7 +58,8 @@ ROOMS: dict[str, set[str]] = {
     "training": {"checkpoints", "config", "console", "datasets", "errors", "examples", "models", "networks", "storage"},
     # deciding
     "verdict": {"errors", "records", "storage"},
-    "selection": {"config", "errors", "records", "schema", "storage", "verdict"},
+    "keylists": {"errors", "storage"},
+    "selection": {"config", "errors", "keylists", "records", "schema", "storage", "verdict"},
     "exporting": {"datasets", "errors", "locks", "records", "schema", "storage"},
     "evaluation": {"errors", "records", "storage"},
     "bias": {"errors", "records", "storage"},
@@ -75,7 +76,7 @@ ROOMS: dict[str, set[str]] = {
 # Rooms that work on a machine without torch.
 TORCHLESS = ["config", "schema", "storage", "console", "datasets", "manifest", "records", "events", "summary"]
 TORCHLESS += ["locks", "metrics", "extension", "engines", "verdict", "selection", "exporting", "evaluation", "bias"]
-TORCHLESS += ["report"]
+TORCHLESS += ["keylists", "report"]
 TORCH = {"torch", "torchvision", "timm", "safetensors"}
 # What must not be loaded to print a help text.
 SLOW = TORCH | {"sklearn", "scipy", "numpy", "pyarrow", "PIL"}

@@ -108,6 +108,7 @@ def test_class_and_prediction_are_always_among_the_attributes(tmp_path: Path) ->
     }
     assert row(found, "prediction", "dog").observed == 40
     assert found.rows[0].value == "dog"  # in excess before in want
+    assert bias.sentence(found).endswith("4 are significant. Classes differ in that without any shortcut.")
     assert (found.without_attributes, found.unmatched, found.skipped) == (0, 0, ())
 
 

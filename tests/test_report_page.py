@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Locator, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
 
 from cdclean import report
 from cdclean.records import read_columns
@@ -419,6 +419,6 @@ def test_commands_can_be_copied(browser: Browser, plain: Path) -> None:
     page.goto((plain / "report.html").as_uri())
     first = page.locator("#next .command").first
     first.locator("button").click()
-    assert first.locator("button").inner_text() == "Copied"
+    expect(first.locator("button")).to_have_text("Copied")
     assert page.evaluate("navigator.clipboard.readText()") == first.locator("code").inner_text()
     context.close()

@@ -24,7 +24,7 @@ import timm
 import torch
 from PIL import Image
 
-from cdclean import events, locks, manifest, records, schema
+from cdclean import events, locks, manifest, records, schema, storage
 from cdclean.config import DistillConfig, ModelSpec, ScanConfig
 from cdclean.console import Console
 from cdclean.datasets import classes, open_dataset, samples

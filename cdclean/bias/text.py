@@ -22,9 +22,12 @@ def sentence(bias: Bias) -> str:
     which = f" of predicted class {_printable(row.within)}" if row.within is not None else ""
     how = "over" if row.effect > 1 else "under"
     more = f"; of {len(bias.rows)} values tested {len(found)} are significant"
+    # Small masks of one class alone are no finding about a shortcut.
+    alone = {item.attribute for item in found} <= {"class", "prediction"}
+    classes = " Classes differ in that without any shortcut." if alone else ""
     return (
         f"{_printable(row.attribute)} = {_printable(row.value)} is {how}-represented most: {row.observed} of the "
-        f"{row.small} smallest masks{which} have it, {row.expected:.1f} expected{more}."
+        f"{row.small} smallest masks{which} have it, {row.expected:.1f} expected{more}.{classes}"
     )
 
 

@@ -102,6 +102,8 @@ def filter_(
 ) -> None:
     """Write a clean copy of the dataset, without the samples whose masks are suspiciously small."""
     console = Console(json, quiet)
+    import pyarrow.compute as pc
+
     from cdclean import records, selection, storage
     from cdclean.errors import GateError
     from cdclean.exporting import export
@@ -123,16 +125,14 @@ def filter_(
         drop=_place(drop),
         unreadable=unreadable,
     )
-    if chosen.verdict is not None:
-        console.say(chosen.verdict.sentence)
-        if chosen.verdict.outcome == "unclear":
-            raise GateError(
-                "the verdict is unclear, so nothing was written",
-                hint="Look at it with cdclean report, then filter by another rule.",
-            )
+    if chosen.verdict is not None and chosen.verdict.outcome == "unclear":
+        raise GateError(
+            f"{chosen.verdict.sentence}, so nothing was written",
+            hint="Look at it with cdclean report, then filter by another rule.",
+        )
     name = storage.from_text(records.load_run(folder)["dataset"]["name"])
     target = storage.locate(out or f"{name}-clean{f'.{format}' if mode == 'list' else ''}")
-    copied = chosen.kept + (chosen.dropped if quarantine else 0) + (chosen.unreadable if unreadable == "keep" else 0)
+    copied = int(pc.sum(chosen.decisions["keep"]).as_py() or 0) + (chosen.dropped if quarantine else 0)
     with console.progress("copying", total=copied, unit="files") as advance:
         exported = export(
             folder,
@@ -169,11 +169,14 @@ def _place(text: str | None) -> Any:
 def _say_filtered(chosen: Selection, exported: Exported, dry_run: bool, console: Console) -> None:
     would = "would be " if dry_run else ""
     cutoff = "" if chosen.cutoff is None else f" (up to {chosen.cutoff:.1f} px)"
+    rule = chosen.verdict.sentence if chosen.verdict else f"mask norm {chosen.rule}{cutoff}"
     others = f", with {exported.sidecars} other files" if exported.sidecars else ""
     console.say(
-        f"{chosen.dropped} of {chosen.samples} samples {would}dropped: mask norm {chosen.rule}{cutoff}; "
+        f"{chosen.dropped} of {chosen.samples} samples {would}dropped: {rule}; "
         f"{exported.files} {would}kept{others}, {exported.bytes / 1e6:.1f} MB"
     )
+    if chosen.cutoffs and not chosen.verdict:
+        console.say("up to " + ", ".join(f"{norm:.1f} px in {name}" for name, norm in chosen.cutoffs.items()))
     for note in chosen.notes:
         console.warn(note)
     if chosen.kept_by_list or chosen.dropped_by_list:
