@@ -3,6 +3,7 @@
 #
 #   docker build -t cdclean .                                       a GPU image, which also runs on a CPU (large)
 #   docker build -t cdclean --build-arg TORCH_INDEX=ADDRESS .       torch and torchvision of another kind
+#   docker build -t cdclean --build-arg EXTRAS=s3,ray .             storage and engines beside those of this machine
 #   docker run --rm --gpus all -v "$PWD:/data" --user "$(id -u):$(id -g)" cdclean scan dataset --model resnet50.pt
 #
 # ADDRESS is a package index of PyTorch's own, as its installation page prints after --index-url: the one that ends in
@@ -13,6 +14,7 @@ ARG PYTHON=3.12
 
 FROM python:${PYTHON}-slim AS build
 ARG TORCH_INDEX=""
+ARG EXTRAS="s3"
 ENV PIP_CACHE_DIR=/var/cache/pip PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/cdclean
 ENV PATH="/opt/cdclean/bin:$PATH"
@@ -32,7 +34,8 @@ RUN --mount=type=cache,target=/var/cache/pip \
     && pip install --constraint requirements.lock --requirement requirements.txt
 COPY LICENSE README.md ./
 COPY cdclean cdclean
-RUN --mount=type=cache,target=/var/cache/pip pip install --no-deps . && cdclean --version
+RUN --mount=type=cache,target=/var/cache/pip \
+    pip install --constraint requirements.lock ".[$EXTRAS]" && cdclean --version
 
 # The slim image has no compiler, and none is needed: every dependency comes as a wheel.
 FROM python:${PYTHON}-slim

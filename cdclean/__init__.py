@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cdclean.exporting import export
     from cdclean.run import scan
     from cdclean.selection import select
+    from cdclean.verdict import judge
 
 _HOME = {
     "DistillConfig": "config",
@@ -28,6 +29,7 @@ _HOME = {
     "CdcleanError": "errors",
     "evaluate": "evaluation",
     "export": "exporting",
+    "judge": "verdict",
     "scan": "run",
     "select": "selection",
 }
@@ -40,6 +42,7 @@ __all__ = [
     "distill",
     "evaluate",
     "export",
+    "judge",
     "scan",
     "select",
 ]

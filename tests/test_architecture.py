@@ -70,7 +70,7 @@ ROOMS: dict[str, set[str]] = {
     "options": {"config", "errors"},
     "cli": {"config", "console", "demo", "errors", "events", "options", "plan", "records", "show", "storage"} | VERBS,
     "__main__": {"cli"},
-    "__init__": {"config", "distillation", "errors"} | VERBS,
+    "__init__": {"config", "distillation", "errors", "verdict"} | VERBS,
 }
 
 # Rooms that work on a machine without torch.
