@@ -272,8 +272,8 @@ def _distil_what_fits(
             continue
         room.succeed()
         if worker.thumbnail_size:
-            drawn = _pictures(pixels[part], distilled, worker.thumbnail_size, pool)
-            columns = [found | pictures for found, pictures in zip(columns, drawn, strict=True)]
+            drawn = pictures(pixels[part], distilled, worker.thumbnail_size, pool)
+            columns = [found | more for found, more in zip(columns, drawn, strict=True)]
         yield len(columns), columns
         start += len(columns)
 
@@ -338,7 +338,7 @@ def _scores(distilled: Distilled, config: DistillConfig, classes: int) -> Iterat
             yield {"status": Status.CRASHED, "error": "the model's answer is not a finite number, in fp32 as well"}
 
 
-def _pictures(
+def pictures(
     pixels: tuple[Tensor, ...], distilled: Distilled, size: int, pool: ThreadPoolExecutor
 ) -> Iterator[dict[str, Any]]:
     """Image, mask and pattern of every sample of a micro-batch as thumbnails, encoded on threads.
@@ -353,5 +353,5 @@ def _pictures(
         "pattern_thumbnail": (images * masks).round().to(torch.uint8),
     }
     encoded = [pool.map(functools.partial(thumbnail, size=size), batch) for batch in columns.values()]
-    for pictures in zip(*encoded, strict=True):
-        yield {name: {"bytes": data, "path": None} for name, data in zip(columns, pictures, strict=True)}
+    for each in zip(*encoded, strict=True):
+        yield {name: {"bytes": data, "path": None} for name, data in zip(columns, each, strict=True)}

@@ -16,12 +16,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from cdclean import evaluation, records, selection, storage
+from cdclean import evaluation, records, report, selection, storage
 from cdclean.config import DistillConfig, ModelSpec, ScanConfig
 from cdclean.console import Console
 from cdclean.errors import UsageError
 from cdclean.exporting import export
 from cdclean.storage import Location
+from cdclean.verdict import judge
 
 TARGET = 0  # the digit that the patch stands for
 POISON_RATE = 0.05
@@ -44,6 +45,8 @@ class DemoResult:
     auroc: float
     accuracy: float  # share of predictions of the network that agree with the folders
     run: Location
+    verdict: str
+    report: Location
     clean_copy: Path
     example: str  # key of the planted image with the smallest mask
 
@@ -65,22 +68,24 @@ def run(folder: Path, console: Console | None = None) -> DemoResult:
     (folder / _MARKER).touch()
     dataset, probe = folder / "digits", folder / "probe.pt"
     if not dataset.exists():
-        console.say(f"1/4  drawing digits, {POISON_RATE:.0%} of them with a patch and in the wrong folder")
+        console.say(f"1/5  drawing digits, {POISON_RATE:.0%} of them with a patch and in the wrong folder")
         make_dataset(dataset)
-    console.say("2/4  training a network on them, as the owner of the data would")
+    console.say("2/5  training a network on them, as the owner of the data would")
     settings = TrainConfig(
         str(dataset), "timm:test_resnet", str(probe), epochs=16, learning_rate=0.005, input_size=(SIZE, SIZE)
     )
     if not probe.exists():
         train(settings, console)
-    console.say("3/4  scanning: how little of each image does the network need?")
+    console.say("3/5  scanning: how little of each image does the network need?")
     out = folder / "digits.cdclean"
     run = scan(ScanConfig(str(dataset), ModelSpec(str(probe)), DistillConfig(), out=str(out)), console)
-    console.say(f"4/4  writing a copy without the {POISON_RATE:.0%} that need least")
+    console.say(f"4/5  writing a copy without the {POISON_RATE:.0%} that need least")
     chosen = selection.select(run, quantile=POISON_RATE)
     clean = folder / "digits-clean"
     export(run, chosen.decisions, clean, overwrite=True)
     selection.write_decisions(run, chosen)
+    console.say("5/5  writing a report")
+    page = report.write(run)
     truth = _read_truth(folder / _TRUTH)
     decisions = chosen.decisions
     dropped = set(decisions["key"].to_numpy()[~decisions["keep"].to_numpy()])
@@ -96,6 +101,8 @@ def run(folder: Path, console: Console | None = None) -> DemoResult:
         auroc=evaluation.evaluate(run, folder / _TRUTH).auroc,
         accuracy=records.load_summary(run)["agreement"],
         run=run,
+        verdict=judge(run).sentence,
+        report=page,
         clean_copy=clean,
         example=min(planted, key=lambda key: norms[key]),
     )

@@ -66,7 +66,7 @@ ROOMS: dict[str, set[str]] = {
     "report": {"bias", "config", "errors", "records", "storage", "summary", "verdict"},
     # the surface
     "show": {"chunk", "config", "datasets", "errors", "images", "manifest", "models", "storage"},
-    "demo": {"config", "console", "errors", "records", "storage"} | VERBS,
+    "demo": {"config", "console", "errors", "records", "storage", "verdict"} | VERBS,
     "options": {"config", "errors"},
     "cli": {"config", "console", "demo", "errors", "events", "options", "plan", "records", "show", "storage"} | VERBS,
     "__main__": {"cli"},

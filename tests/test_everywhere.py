@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,21 @@ import pytest
 import timm
 import torch
 
-from cdclean.config import DistillConfig, ModelSpec, ScanConfig
+from cdclean.config import DistillConfig, Geometry, Intake, ModelSpec, ScanConfig
+from cdclean.console import Console
 from cdclean.datasets import open_dataset, samples
 from cdclean.datasets.reading import contents
+from cdclean.errors import DatasetError
 from cdclean.evaluation import evaluate
 from cdclean.events import status
+from cdclean.examples import Loader, list_examples
 from cdclean.exporting import export
+from cdclean.plan import resolve
 from cdclean.run import scan
 from cdclean.selection import select, write_decisions
+from cdclean.show import read_image, show
 from cdclean.storage import Location, locate
+from cdclean.training import TrainConfig, train
 from tests.packings import PACKINGS, SIZE, folder, pictures, shards
 
 IMAGES = pictures()
@@ -118,6 +125,41 @@ def test_compressed_shards_score_as_well(
 ) -> None:
     dataset = shards(tmp_path / "data", IMAGES, compression="gz")
     assert scores(scan(settings(dataset, checkpoint, tmp_path / "run.cdclean"))) == reference
+
+
+@pytest.mark.parametrize("packing", ["parquet", "shards.gz", "list"])
+def test_a_probe_is_trained_on_any_kind(packing: str, tmp_path: Path) -> None:
+    kind, _, compression = packing.partition(".")
+    place = tmp_path / "data"
+    dataset = shards(place, IMAGES, compression=compression) if compression else PACKINGS[kind](place, IMAGES)
+    trained = train(
+        TrainConfig(dataset, "timm:test_resnet", str(tmp_path / "probe.pt"), epochs=1, input_size=(SIZE, SIZE))
+    )
+    assert (trained.images, trained.classes) == (24, 3)
+    with pytest.raises(DatasetError, match="do not fit into memory"):
+        list_and_load(dataset, room=1000)
+
+
+def list_and_load(dataset: str, room: int) -> None:
+    examples = list_examples(open_dataset(dataset), Console(quiet=True))
+    if examples.samples[0].access == "range":
+        raise DatasetError("decoded images that do not fit into memory are read again")
+    with ThreadPoolExecutor(1) as pool:
+        Loader(examples, Geometry(3, SIZE, SIZE), (0.5,) * 3, pool, room)
+
+
+@pytest.mark.parametrize("packing", ["shards", "parquet"])
+def test_a_key_is_shown(packing: str, checkpoint: Path, tmp_path: Path) -> None:
+    dataset = PACKINGS[packing](tmp_path / "data", IMAGES)
+    run = scan(settings(dataset, checkpoint, tmp_path / "run.cdclean", intake=Intake(limit=12)))
+    row = table(run).to_pylist()[11]
+    key, data = read_image(row["key"], run)
+    assert (key, data) == (row["key"], list(IMAGES.values())[11])
+    asked = settings("", checkpoint, tmp_path)
+    classifier, config, device = resolve(asked)
+    (shown,) = show(classifier, [(key, data)], config, device, tmp_path / "patterns")
+    assert shown.mask_norm == row["mask_norm"]
+    assert Path(shown.picture).read_bytes().startswith(b"\x89PNG")
 
 
 def cli(*arguments: str) -> subprocess.Popen[bytes]:

@@ -155,11 +155,15 @@ The network agrees with the folders on {result.accuracy:.0%} of the images: it h
   planted images among the {result.dropped} smallest masks     {result.found} of {result.planted}
   AUROC of the mask norm                     {result.auroc:.3f}
 
+  verdict       {result.verdict}
   dataset       {dataset}
   scores        {run}
+  report        {storage.to_text(result.report)}
   clean copy    {storage.to_text(result.clean_copy)}
 
-next, look at one of them:  cdclean show {result.example} --run {run} --model {model}
-then, on your own data:     cdclean scan ./dataset --model resnet50.pt"""
+next, open the report in a browser, or look at one of them:
+  cdclean show {result.example} --run {run} --model {model}
+then, on your own data:
+  cdclean scan ./dataset --model resnet50.pt"""
     values = {name: storage.to_text(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(result).items()}
     console.result(text, values)
