@@ -58,7 +58,6 @@ class ChunkWorker:
     model: ModelSpec
     distill: DistillConfig  # resolved: batch_size, precision, head and layer are set
     device: str  # a torch device
-    threads: int | None  # of one operation on the CPU, the run's own wherever it is resumed; None on other devices
     thumbnail_size: int
     dataset: tuple[str, str]  # location and kind
     labels: tuple[int | None, ...] | None  # the model's class of each class of the dataset; None: not comparable
@@ -66,8 +65,6 @@ class ChunkWorker:
     def __call__(self, task: Task, progress: Callable[[int], object]) -> ChunkReport:
         """Score one chunk and write its part, or get ready. `progress(samples)`: now and then; 0 is a sign of life."""
         started = time.monotonic()
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
         samples = read_chunk(self.run / "manifest.parquet", task.chunk)
         known = {} if task.rows else _known(self.run, task.chunk)
         rows = [_row(sample, known.get(sample.key)) for sample in samples]
@@ -283,9 +280,12 @@ def distil_pixels(
 ) -> tuple[Distilled, list[dict[str, Any]]]:
     """Distil one micro-batch of uint8 pixels [B, C, H, W]: the masks, and the columns of the records for each.
 
-    `hashes`, of the encoded images, seed the colours. What is not finite in half precision is tried again in fp32;
+    `hashes`, of the encoded images, seed the colours. On a CPU an operation has one thread, for their number changes
+    how sums round; more cores are for more processes. What is not finite in half precision is tried again in fp32;
     what is not finite then has the status crashed.
     """
+    if device == "cpu":
+        torch.set_num_threads(1)
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
     images = (pixels.to(device).to(dtype) / 255).contiguous(memory_format=torch.channels_last)
     seeds = [sample_seed(config.seed, content_hash) for content_hash in hashes]

@@ -144,8 +144,8 @@ class ScanConfig:
     out: str | None = None  # run folder; None: ./<dataset name>.cdclean
     intake: Intake = Intake()
     device: str = "auto"  # auto, cpu, cuda, cuda:1, cuda:0,2, mps
-    engine: Engine = "auto"  # auto: local with more than one device or worker
-    workers: int | None = None  # processes; None: one a GPU, or this one
+    engine: Engine = "auto"  # auto: local with more than one device or worker, if there is enough to do
+    workers: int | None = None  # processes; None: one a GPU, or one a core
     ray_address: str | None = None  # of a cluster that is running; None: start one here
     shard: tuple[int, int] | None = None  # (i, n): every n-th chunk from the i-th, 0 <= i < n; n processes, one run
     chunk_size: int | None = None  # samples a chunk; None: by device and input size
@@ -216,7 +216,7 @@ def batch_size(geometry: Geometry, device: str) -> int:
 
 
 def chunk_size(geometry: Geometry, device: str) -> int:
-    """Samples a chunk, a multiple of every default micro-batch: a minute or two of work for a common network."""
+    """Samples a chunk, a multiple of every default micro-batch: some seconds of work for a core, a minute for a GPU."""
     pixels = geometry.height * geometry.width
-    per_chunk = 1024 if pixels <= 64 * 64 else 64
-    return per_chunk if device == "cpu" else 8 * per_chunk
+    per_chunk = 256 if pixels <= 64 * 64 else 32
+    return per_chunk if device == "cpu" else 16 * per_chunk

@@ -6,6 +6,7 @@ is never continued with other settings.
 
 from __future__ import annotations
 
+import os
 import platform
 from dataclasses import replace
 from importlib import metadata
@@ -24,6 +25,8 @@ from cdclean.storage import Location
 
 if TYPE_CHECKING:
     from cdclean.models import Classifier
+
+_PROCESS = 2 << 30  # bytes: what a process on a CPU may need, with torch, a model and its micro-batch
 
 
 def make(run: Location, settings: ScanConfig, dataset: datasets.Dataset, console: Console) -> dict[str, Any]:
@@ -107,7 +110,6 @@ def _begin(
     classifier, distill, device = resolve(settings)
     _clear(run)
     kind = device.split(":")[0]
-    threads = torch_threads(settings, kind)
     size = settings.chunk_size or config.chunk_size(classifier.geometry, kind)
     found = admitted(dataset, settings.intake)
     with console.progress("indexing", total=None, unit="files") as advance:
@@ -131,10 +133,9 @@ def _begin(
         },
         "model": {"source": settings.model.source} | classifier.describe(),
         "config": asked,
-        "fingerprint": config.fingerprint([asked, index.digest, config.to_dict(distill), kind, threads]),
+        "fingerprint": config.fingerprint([asked, index.digest, config.to_dict(distill), kind]),
         "plan": {
             "device": kind,
-            "threads": threads,
             "chunk_size": size,
             "chunks": index.chunks,
             "batch_size": distill.batch_size,
@@ -182,15 +183,6 @@ def resolve(settings: ScanConfig) -> tuple[Classifier, DistillConfig, str]:
 
         size = find_batch_size(classifier.module, like, replace(distill, precision=precision))
     return classifier, replace(distill, precision=precision, batch_size=size), device
-
-
-def torch_threads(settings: ScanConfig, kind: str) -> int | None:
-    """Threads of an operation on the CPU, None on other devices. In the plan, for they change how sums round."""
-    import torch
-
-    if kind != "cpu":
-        return None
-    return 1 if settings.engine == "ray" else max(1, torch.get_num_threads() // (settings.workers or 1))
 
 
 def _said(intake: config.Intake) -> str:
@@ -275,7 +267,7 @@ def _extend(
 
 
 def resolve_devices(settings: ScanConfig) -> list[str]:
-    """The device of every process that scores: `workers` of them, on the devices in turn; one a GPU without."""
+    """The device of every process that scores: `workers` of them, on the devices in turn; or one a GPU, one a core."""
     import torch
 
     from cdclean.models import resolve_device
@@ -284,9 +276,22 @@ def resolve_devices(settings: ScanConfig) -> list[str]:
     device = resolve_device(first)
     kind = device.split(":")[0]
     devices = [device, *(resolve_device(f"{kind}:{number}") for number in more.split(",") if number)]
-    if settings.device in ("auto", "cuda") and kind == "cuda" and settings.engine != "serial":
+    if settings.engine == "serial":
+        return devices[:1]
+    if settings.device in ("auto", "cuda") and kind == "cuda":
         devices = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-    return [devices[number % len(devices)] for number in range(settings.workers or len(devices))]
+    count = settings.workers or (_cores() if kind == "cpu" else len(devices))
+    return [devices[number % len(devices)] for number in range(count)]
+
+
+def _cores() -> int:
+    """Cores that this process may use, as far as there is memory for a process on each."""
+    try:
+        cores = len(os.sched_getaffinity(0))
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not Linux
+        return os.cpu_count() or 1
+    return max(1, min(cores, free // _PROCESS))
 
 
 def with_errors(run: Location) -> set[int]:

@@ -24,6 +24,7 @@ from cdclean.errors import IncompleteError, OutputError, StoppedError
 from cdclean.metrics import Metrics
 from cdclean.storage import Location
 
+_WORTH_STARTING = 1 << 20  # pixels of the model's input: with fewer, processes would hardly be ready in time
 _EARLY = 64  # samples after which the agreement is first looked at
 
 
@@ -118,7 +119,6 @@ def _score(run: Location, settings: ScanConfig, content: dict[str, Any], metrics
         model=settings.model,
         distill=replace(settings.distill, **{name: planned[name] for name in names}),
         device=devices[0],
-        threads=planned["threads"],
         thumbnail_size=settings.thumbnail_size,
         dataset=(data["location"], data["kind"]),
         labels=summary.model_labels(data["classes"], model["class_names"], model["classes"]),
@@ -130,6 +130,8 @@ def _score(run: Location, settings: ScanConfig, content: dict[str, Any], metrics
     index, count = settings.shard or (0, 1)
     pending = {chunk: sizes[chunk] for chunk in sorted(sizes.keys() - done) if chunk % count == index}
     before = sum(sizes[chunk] for chunk in done)
+    if settings.workers is None and devices[0] == "cpu" and sum(pending.values()) * _pixels(content) < _WORTH_STARTING:
+        devices = devices[:1]
     metrics.samples, metrics.done = data["samples"], before
     log = _log(run, settings)
     _say_how(content, devices, console)
@@ -178,6 +180,11 @@ def _say_how(content: dict[str, Any], devices: list[str], console: Console) -> N
         f"{how['head']} head; {distill['objective']}{layer}, {distill['steps']} steps, "
         f"{how['precision']} on {where}, batches of {how['batch_size']}, chunks of {how['chunk_size']}"
     )
+
+
+def _pixels(content: dict[str, Any]) -> int:
+    geometry = content["model"]["geometry"]
+    return int(geometry["height"] * geometry["width"])
 
 
 def _numbers(values: list[float]) -> str:

@@ -151,7 +151,6 @@ RUN: dict[str, Any] = {
             "required": ["device", "batch_size", "chunk_size", "chunks"],
             "properties": {
                 "device": {"type": "string", "description": "kind of device: cpu, cuda, mps"},
-                "threads": {"type": ["integer", "null"], "description": "of one operation on the CPU"},
                 "batch_size": {"type": "integer", "minimum": 1},
                 "chunk_size": {"type": "integer", "minimum": 1},
                 "chunks": {"type": "integer", "minimum": 1},

@@ -27,7 +27,6 @@ class Scorer:
     folder: Path
     size: int  # samples a chunk
     device: str = "cpu"
-    threads: int | None = None
     traps: tuple[tuple[int, int, str], ...] = ()  # chunk, row, what: a method below; "first-" in front: once
     on_device: tuple[str, str] | None = None  # device, what: before anything else
     pause: float = 0.0  # seconds a row

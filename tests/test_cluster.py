@@ -68,6 +68,7 @@ def test_a_node_is_killed_in_mid_run(nodes: Any, tmp_path: Path, capfd: pytest.C
     wait_for(lambda: gone(tmp_path))
 
 
+@pytest.mark.slow  # the default run has it for processes; the schedule is the same
 def test_samples_that_kill_are_found_and_the_rest_is_scored(nodes: Any, tmp_path: Path) -> None:
     told = ToldByCluster()
     traps = ((0, 1, "kill"), (1, 0, "first-wedge"))
@@ -99,12 +100,15 @@ def test_an_iterator_that_is_closed_leaves_no_actor(nodes: Any, tmp_path: Path) 
     wait_for(lambda: gone(tmp_path))
 
 
-def test_workers_that_are_never_ready_and_rooms_that_are_never_free(nodes: Any, tmp_path: Path) -> None:
+def test_workers_that_are_never_ready_and_rooms_that_are_never_free(
+    nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told = ToldByCluster()
     with pytest.raises(IncompleteError, match="3 workers in a row have died before they were ready"):
         list(told.chunks(nodes.address, Scorer(tmp_path, 4, on_device=("cpu", "exit")), 2))
+    monkeypatch.setattr("cdclean.engines.cluster._CPUS", 8.0)
     with pytest.raises(IncompleteError, match=r"no worker has come to life .* one takes 8 CPU"):
-        list(told.chunks(nodes.address, Scorer(tmp_path, 4, threads=8), 2, stall=2.0))
+        list(told.chunks(nodes.address, Scorer(tmp_path, 4), 2, stall=2.0))
 
 
 def test_no_cluster_and_no_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

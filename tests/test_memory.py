@@ -88,7 +88,7 @@ def limited(*arguments, **options):
 chunk.distill = limited
 spec = ModelSpec(model, input_size=(int(size), int(size)))
 settings = ScanConfig(data, spec, DistillConfig(steps=1, batch_size=int(batch), head="softmax"), out=out, device="cpu",
-                      chunk_size=64, thumbnail_size=0)
+                      chunk_size=64, thumbnail_size=0, engine="serial")
 scan(settings)
 resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
 print(json.dumps(tried))

@@ -156,6 +156,17 @@ def analyse(
     )
 
 
+def comparisons(run: Location, attributes: Location | None = None, *, share: float = 0.1) -> tuple[Bias, ...]:
+    """Both answers of `analyse`: within each predicted class, where there are predictions, and against the whole run.
+
+    The first is the one about shortcuts: classes differ in the size of their masks without any.
+    """
+    whole = analyse(run, attributes, share=share)
+    if not any(row.attribute == "prediction" for row in whole.rows):
+        return (whole,)
+    return (analyse(run, attributes, share=share, within="prediction"), whole)
+
+
 def as_dict(bias: Bias) -> dict[str, Any]:
     """Everything in plain JSON types; every number is finite."""
     plain = asdict(bias)

@@ -226,8 +226,10 @@ def bias(
     console = Console(json, quiet)
     from cdclean import bias as biases
 
-    found = biases.analyse(chosen_run(run, console), _place(attributes), share=share)
-    console.result(biases.table(found), biases.as_dict(found))
+    found = biases.comparisons(chosen_run(run, console), _place(attributes), share=share)
+    titles = {"prediction": "Within each predicted class", None: "Against the whole run"}
+    text = "\n\n".join(f"{titles[each.within]}\n\n{biases.table(each)}" for each in found)
+    console.result(text, {each.within or "whole": biases.as_dict(each) for each in found})
 
 
 @app.command()

@@ -25,6 +25,7 @@ _GRACE = 3.0  # seconds that an actor has to leave in when it is told to
 _PATIENCE = 30.0  # seconds without an actor after which that is said
 _WORDS = 300  # characters of what Ray says about a death
 _VERDICT = 30.0  # seconds in which the cluster has to find out what became of an actor
+_CPUS = 1.0  # that an actor takes
 _STILLBORN = 3  # actors in a row that die before they are ready, until no more are made
 
 
@@ -41,8 +42,8 @@ def run_chunks(
     """Yield the report of every chunk of `pending` (chunk -> samples) as soon as its part is written.
 
     `address` is that of a Ray cluster (host:port, or auto); None starts one on this machine, for as long as this runs.
-    `actors` is how many there are; None: as many as the cluster has room for. One takes a GPU, or as many CPUs as the
-    worker has threads. `progress(samples)` is called in between, once for every sample, and `report` with whatever
+    `actors` is how many there are; None: as many as the cluster has room for. One takes a GPU, or a CPU.
+    `progress(samples)` is called in between, once for every sample, and `report` with whatever
     goes wrong. An actor that has a task and has sent no sign of life for `stall` seconds is killed.
 
     Raises UsageError where Ray is not installed or the cluster not there, what a worker raises (a CdcleanError as it
@@ -51,7 +52,7 @@ def run_chunks(
     it is not exhausted.
     """
     kind = worker.device.split(":")[0]
-    needs = {"CPU": 1.0, "GPU": 1.0} if kind == "cuda" else {"CPU": float(worker.threads or 1)}
+    needs = {"CPU": _CPUS, "GPU": 1.0} if kind == "cuda" else {"CPU": _CPUS}
     # Ray shows an actor its own GPU alone.
     worker = replace(worker, device="cuda:0" if kind == "cuda" else kind)
     with _connected(address) as ray:

@@ -41,8 +41,6 @@ class Worker(Protocol[Report]):
 
     @property
     def device(self) -> str: ...  # a torch device
-    @property
-    def threads(self) -> int | None: ...  # that it computes with on the CPU; None on other devices
     def __call__(self, task: Task, progress: Callable[[int], object], /) -> Report: ...
 
 

@@ -236,19 +236,24 @@ def _commands(
     }
 
 
-def _bias(run: Location, attributes: Location | None) -> dict[str, Any] | None:
-    """What the section on attributes shows; None without a table of them."""
+def _bias(run: Location, attributes: Location | None) -> list[dict[str, Any]]:
+    """What the section on attributes shows, a comparison each; nothing without a table of them."""
     if attributes is None:
-        return None
+        return []
     from cdclean import bias
 
-    found = bias.analyse(run, attributes)
-    return {
-        "sentence": bias.sentence(found),
-        "rows": found.rows[:_ATTRIBUTES],
-        "more": max(0, len(found.rows) - _ATTRIBUTES),
-        "found": found,
-    }
+    titles = {"prediction": "Within each predicted class", None: "Against the whole run"}
+    return [
+        {
+            "title": titles[found.within],
+            "id": f"bias-{found.within or 'whole'}",
+            "sentence": bias.sentence(found),
+            "rows": found.rows[:_ATTRIBUTES],
+            "more": max(0, len(found.rows) - _ATTRIBUTES),
+            "found": found,
+        }
+        for found in bias.comparisons(run, attributes)
+    ]
 
 
 def _settings(content: dict[str, Any], summary: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
