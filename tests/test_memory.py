@@ -62,47 +62,56 @@ def test_a_good_size_is_found() -> None:
     assert size in {2**n for n in range(11)}
 
 
-# A child process whose address space is limited once torch and the model are there.
+# A network that takes so many bytes an image, in one piece, and never touches them.
+HUNGRY = """
+import timm, torch
+class Hungry(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = timm.create_model("test_resnet", num_classes=3)
+    def forward(self, images):
+        torch.empty(len(images) * {bytes_an_image}, dtype=torch.uint8)
+        return self.net(images)
+"""
+
+# A child process whose address space is limited once torch and the model are there, and have worked once.
 CHILD = """
 import json, resource, sys
 from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from cdclean import chunk, memory
+from cdclean import chunk
 from cdclean.config import DistillConfig, ModelSpec, ScanConfig
 from cdclean.distillation import distill
 from cdclean.run import scan
 
-data, model, out, size, batch, spare = sys.argv[1:]
-chunk.DECODE_THREADS = 1
-pages = resource.getpagesize()
-real, tried = distill, []
+data, model, out, batch, spare = sys.argv[1:]
+tried = []
 
-def limited(*arguments, **options):
-    if not tried:  # model, pixels and threads are there: from here on only the distillation takes memory
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * pages
-        resource.setrlimit(resource.RLIMIT_AS, (used + int(spare), -1))
-    tried.append(arguments[2].batch_size)
-    return real(*arguments, **options)
+def limited(module, images, config, **options):
+    if not tried:
+        next(each for each in module.modules() if type(each).__name__ == "ResNet")(images[:1])
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + int(spare), -1))
+    tried.append(config.batch_size)
+    return distill(module, images, config, **options)
 
 chunk.distill = limited
-spec = ModelSpec(model, input_size=(int(size), int(size)))
-settings = ScanConfig(data, spec, DistillConfig(steps=1, batch_size=int(batch), head="softmax"), out=out, device="cpu",
-                      chunk_size=64, thumbnail_size=0, engine="serial")
-scan(settings)
+spec = ModelSpec(model, arch="hungry:Hungry", input_size=(32, 32), mean=(0.0,) * 3, std=(1.0,) * 3)
+config = DistillConfig(steps=1, batch_size=int(batch), head="softmax")
+scan(ScanConfig(data, spec, config, out=out, device="cpu", engine="serial", chunk_size=64))
 resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
 print(json.dumps(tried))
 """
 
 
-def scan_with(spare: int, size: int, batch: int, tmp_path: Path) -> tuple[list[int], pa.Table]:
+def scan_with(bytes_an_image: int, spare: int, batch: int, tmp_path: Path) -> tuple[list[int], pa.Table]:
     """Micro-batches that were tried, and the records, of a scan that may take `spare` bytes for its masks."""
+    (tmp_path / "hungry.py").write_text(HUNGRY.format(bytes_an_image=bytes_an_image))
     torch.manual_seed(0)
-    model = tmp_path / "test_resnet.pt"
-    torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), model)
+    weights = timm.create_model("test_resnet", num_classes=3).state_dict()
+    torch.save({f"net.{name}": value for name, value in weights.items()}, tmp_path / "hungry.pt")
     data = folder(tmp_path / "data", pictures(8))
-    arguments = [data, str(model), str(tmp_path / "run.cdclean"), str(size), str(batch), str(spare)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "MALLOC_ARENA_MAX": "1"}
+    arguments = [data, str(tmp_path / "hungry.pt"), str(tmp_path / "run.cdclean"), str(batch), str(spare)]
+    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parents[1]}{os.pathsep}{tmp_path}"}
     done = subprocess.run(
         [sys.executable, "-c", CHILD, *arguments], env=environment, capture_output=True, text=True, check=False
     )
@@ -112,16 +121,16 @@ def scan_with(spare: int, size: int, batch: int, tmp_path: Path) -> tuple[list[i
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux does")
 def test_the_micro_batch_is_halved_until_it_fits(tmp_path: Path) -> None:
-    tried, table = scan_with(spare=150 << 20, size=128, batch=24, tmp_path=tmp_path)
-    assert tried[0] == 24
-    assert min(tried) < 24, "it was to run out of memory"
+    tried, table = scan_with(bytes_an_image=256 << 20, spare=9 * 256 << 20, batch=24, tmp_path=tmp_path)
+    assert tried[:3] == [24, 12, 6]
+    assert set(tried[2:]) == {6}, "six fit, and 16 micro-batches were not yet done"
     assert table["status"].to_pylist() == ["ok"] * 24
     assert all(norm > 0 for norm in table["mask_norm"].to_pylist())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux does")
 def test_an_image_that_does_not_fit_alone_has_a_row_that_says_so(tmp_path: Path) -> None:
-    tried, table = scan_with(spare=1 << 20, size=256, batch=2, tmp_path=tmp_path)
+    tried, table = scan_with(bytes_an_image=8 << 30, spare=1 << 30, batch=2, tmp_path=tmp_path)
     assert tried[:2] == [2, 1]
     assert set(table["status"].to_pylist()) == {"oom"}
     assert "memory of cpu" in table["error"][0].as_py()
