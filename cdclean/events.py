@@ -85,24 +85,17 @@ def status(run: Location) -> RunStatus:
     """How far the scan in `run` is, from its files alone; a scan that is running is not disturbed."""
     content = records.load_run(run, complete=False)
     chunks: dict[int, dict[str, Any]] = {}
-    rates: list[float] = []
-    for path in _files(run):
-        begun, ended, fresh = None, None, 0
-        for event in _read(path):
-            if event["event"] == "start":
-                begun, ended, fresh = event["time"], None, 0  # the rate is that of the present sitting
-            elif event["event"] == "chunk":
-                chunks[event["chunk"]] = event
-                ended, fresh = event["time"], fresh + event["samples"]
-        if begun and ended and fresh:
-            took = (datetime.fromisoformat(ended) - datetime.fromisoformat(begun)).total_seconds()
-            rates.append(fresh / max(took, 1e-3))
+    for event in read(run):
+        if event["event"] == "chunk":
+            chunks[event["chunk"]] = event
+    latest = [sittings[-1] for sittings in map(_sittings, _files(run)) if sittings]
     sizes = manifest.chunk_sizes(run / "manifest.parquet")
     parts = {path.name for path in (run / "records").glob("part-*.parquet")}
     scored = {chunk for chunk in sizes if records.part_path(run, chunk).name in parts}
     done = sum(sizes[chunk] for chunk in scored)
     last = [chunks[chunk] for chunk in scored & chunks.keys()]
-    rate = sum(rates) or None
+    # The rate is that of the present sitting; shards of a run add up.
+    rate = sum(fresh / seconds for seconds, fresh in latest if seconds) or None
     complete = (run / "_SUCCESS").exists()
     left = None if complete or not rate else (content["dataset"]["samples"] - done) / rate
     errors = [event["last_error"] for event in last if event["last_error"]]
@@ -116,6 +109,25 @@ def status(run: Location) -> RunStatus:
         seconds_left=left,
         last_error=errors[-1] if errors else None,
     )
+
+
+def scoring_seconds(run: Location) -> float:
+    """How long it took to score a run, its pauses aside: of several shards, the one that took longest."""
+    return max((sum(seconds for seconds, _ in _sittings(path)) for path in _files(run)), default=0.0)
+
+
+def _sittings(path: Location) -> list[tuple[float, int]]:
+    """Seconds from the start to the last chunk, and samples, of every time that a process scored."""
+    found: list[tuple[float, int]] = []
+    begun = None
+    for event in _read(path):
+        if event["event"] == "start":
+            begun = datetime.fromisoformat(event["time"])
+            found.append((0.0, 0))
+        elif event["event"] == "chunk" and begun is not None:
+            seconds = (datetime.fromisoformat(event["time"]) - begun).total_seconds()
+            found[-1] = (seconds, found[-1][1] + event["samples"])
+    return found
 
 
 def is_running(run: Location) -> bool:

@@ -29,7 +29,7 @@ def write(run: Location, content: dict[str, Any], log: Log) -> None:
     density = (
         np.quantile(scored["mask_density"].to_numpy(), shares).tolist() if scored.num_rows else [None] * len(shares)
     )
-    seconds = sum(event["seconds"] for event in events.read(run) if event["event"] == "chunk")
+    seconds = events.scoring_seconds(run)
     summary = {
         "schema_version": schema.SCHEMA_VERSION,
         "finished": events.now(),
