@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
+import timm
+import torch
 
+from cdclean import events
+from cdclean.config import DistillConfig, ModelSpec, ScanConfig
 from cdclean.engines import cluster
 from cdclean.errors import CdcleanError, IncompleteError, OutputError, UsageError
+from cdclean.run import scan
 from tests.engine_workers import Done, Scorer, alive, workers_seen, written
+from tests.packings import SIZE, folder, pictures
 from tests.test_engines_local import Told, wait_for
 
 pytest.importorskip("ray")
@@ -129,3 +138,35 @@ def test_a_cluster_is_started_here(tmp_path: Path) -> None:
     assert written(tmp_path) == dict.fromkeys(range(2), ["ok"] * 4)
     assert not told.incidents
     assert not ray.is_initialized()
+
+
+def test_a_scan_that_loses_a_node_ends_as_one_in_this_process(nodes: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), tmp_path / "test_resnet.pt")
+    settings = ScanConfig(
+        folder(tmp_path / "data", pictures(14)),
+        ModelSpec(str(tmp_path / "test_resnet.pt"), input_size=(SIZE, SIZE)),
+        DistillConfig(steps=80, batch_size=4),
+        out=str(tmp_path / "cluster.cdclean"),
+        device="cpu",
+        chunk_size=4,
+    )
+    parts = tmp_path / "cluster.cdclean" / "records"
+    victim = nodes.add_node(**NODE)
+
+    def lose() -> None:
+        wait_for(lambda: len(list(parts.glob("part-*"))) >= 3)
+        nodes.remove_node(victim, allow_graceful=False)
+
+    thread = threading.Thread(target=lose)
+    thread.start()
+    try:
+        run = scan(replace(settings, engine="ray", ray_address=nodes.address))
+    finally:
+        thread.join()
+    assert "died" in {event["event"] for event in events.read(run)}
+    whole = scan(replace(settings, out=str(tmp_path / "whole.cdclean"), engine="serial"))
+    names = [part.name for part in sorted((whole / "records").glob("part-*"))]
+    assert names == [part.name for part in sorted(parts.glob("part-*"))]
+    for name in names:
+        assert pq.read_table(parts / name).equals(pq.read_table(whole / "records" / name))

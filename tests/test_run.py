@@ -186,18 +186,21 @@ from cdclean.run import scan
 from tests.test_run import settings
 torch.set_num_threads(int(sys.argv[4]))
 dataset, checkpoint, out = map(Path, sys.argv[1:4])
-scan(settings(dataset, checkpoint, out, chunk_size=2))
+scan(settings(dataset, checkpoint, out, chunk_size=2, workers=int(sys.argv[5])))
 """
 
 
-def start(*arguments: Path, threads: int = 1) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-c", SCAN, *map(str, arguments), str(threads)]
+def start(*arguments: Path, threads: int = 1, workers: int = 1) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", SCAN, *map(str, arguments), str(threads), str(workers)]
     return subprocess.Popen(command, cwd=Path(__file__).parents[1], stderr=subprocess.PIPE)
 
 
-@pytest.mark.parametrize("wanted_kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("wanted_kills", "workers"),
+    [(3, 1), pytest.param(20, 1, marks=pytest.mark.slow), pytest.param(10, 2, marks=pytest.mark.slow)],
+)
 def test_killed_at_random_moments_it_ends_with_the_same_records(
-    wanted_kills: int, checkpoint: Path, tmp_path: Path
+    wanted_kills: int, workers: int, checkpoint: Path, tmp_path: Path
 ) -> None:
     """SIGKILL at moments that fall anywhere: indexing, scoring, writing."""
     dataset = write_dataset(tmp_path / "data", count=4 * wanted_kills)
@@ -206,7 +209,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_records(
     moments, kills = random.Random(0), 0
     while kills < wanted_kills and not (run / "_SUCCESS").exists():
         threads = moments.randint(1, 4)  # whatever a machine offers, an operation has one
-        process = start(dataset, checkpoint, run, threads=threads)
+        process = start(dataset, checkpoint, run, threads=threads, workers=workers)
         have = len(list(run.glob("records/part-*")))
         wanted = have + moments.randint(0, 4)
         while process.poll() is None and len(list(run.glob("records/part-*"))) < wanted:
