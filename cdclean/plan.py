@@ -49,7 +49,9 @@ def run_folder(settings: ScanConfig, dataset: datasets.Dataset) -> Location:
     """Where the run goes. Raises UsageError if that lies inside the dataset, or holds something else."""
     name = f"{storage.from_text(dataset.name)}{records.RUN_SUFFIX}"
     run = storage.locate(settings.out) if settings.out else Path(name)
-    if dataset.kind == "imagefolder" and storage.is_within(run, dataset.root):
+    # Shards that were named one by one have a folder in common that is not theirs alone.
+    whole = dataset.kind == "imagefolder" or storage.to_text(dataset.root.name) == dataset.name
+    if whole and storage.is_within(run, dataset.root):
         raise UsageError(
             f"the run folder {storage.to_text(run)} would lie inside the dataset, which is never written to",
             hint="Go to another folder, or name one outside with --out RUN.cdclean.",

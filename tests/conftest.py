@@ -2,14 +2,25 @@
 
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import timm
 import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
 settings.register_profile("cdclean", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("cdclean")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained network for three classes, which timm knows by the file's name."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model") / "test_resnet.pt"
+    torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), path)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -16,14 +16,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import timm
-import torch
 
 from cdclean.config import DistillConfig, Geometry, Intake, ModelSpec, ScanConfig
 from cdclean.console import Console
 from cdclean.datasets import open_dataset, samples
 from cdclean.datasets.reading import contents
-from cdclean.errors import DatasetError
+from cdclean.errors import DatasetError, UsageError
 from cdclean.evaluation import evaluate
 from cdclean.events import status
 from cdclean.examples import Loader, list_examples
@@ -37,14 +35,6 @@ from cdclean.training import TrainConfig, train
 from tests.packings import PACKINGS, SIZE, folder, pictures, shards
 
 IMAGES = pictures()
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("model") / "test_resnet.pt"
-    torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), path)
-    return path
 
 
 def settings(dataset: str, checkpoint: Path, out: Location, **changes: Any) -> ScanConfig:
@@ -108,6 +98,21 @@ def test_one_scan_filter_evaluate(
     assert {name: value[2:] for name, value in scores(again).items()} == {
         name: value[2:] for name, value in reference.items() if name in kept
     }
+
+
+@pytest.mark.parametrize("packing", ["folder", "shards", "parquet"])
+def test_no_run_lies_in_a_dataset(packing: str, checkpoint: Path, tmp_path: Path) -> None:
+    dataset = PACKINGS[packing](tmp_path / "data", IMAGES)
+    before = sorted((tmp_path / "data").rglob("*"))
+    with pytest.raises(UsageError, match="inside the dataset"):
+        scan(settings(dataset, checkpoint, tmp_path / "data" / "run.cdclean"))
+    assert sorted((tmp_path / "data").rglob("*")) == before
+
+
+def test_a_run_stands_beside_shards_that_are_named(checkpoint: Path, tmp_path: Path) -> None:
+    shards(tmp_path, IMAGES)
+    run = scan(settings(f"{tmp_path}/000000.tar", checkpoint, tmp_path / "run.cdclean"))
+    assert table(run).num_rows == 10
 
 
 @pytest.mark.parametrize("packing", PACKINGS)

@@ -10,8 +10,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import timm
-import torch
 
 from cdclean import manifest
 from cdclean.config import DistillConfig, Intake, ModelSpec, ScanConfig
@@ -20,14 +18,6 @@ from cdclean.errors import ChangedRunError, IncompleteError, OutputError
 from cdclean.records import load_run
 from cdclean.run import scan
 from tests.packings import SIZE, folder, pictures, shards
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("model") / "test_resnet.pt"
-    torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), path)
-    return path
 
 
 @pytest.fixture

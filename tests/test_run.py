@@ -45,14 +45,6 @@ def write_dataset(root: Path, count: int = 8, classes: str = "abc") -> Path:
     return root
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("model") / "test_resnet.pt"
-    torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), path)
-    return path
-
-
 @pytest.fixture
 def dataset(tmp_path: Path) -> Path:
     return write_dataset(tmp_path / "data")

@@ -28,14 +28,6 @@ from tests.packings import SIZE, folder, pictures
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("model") / "test_resnet.pt"
-    torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), path)
-    return path
-
-
 @pytest.fixture
 def settings(checkpoint: Path, tmp_path: Path) -> ScanConfig:
     return ScanConfig(
