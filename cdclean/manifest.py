@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from tempfile import TemporaryFile
+from tempfile import TemporaryFile, gettempdir
 from typing import IO, Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 
 from cdclean import datasets, schema, storage
 from cdclean.datasets import Access, Sample
+from cdclean.errors import OutputError
 from cdclean.storage import Location
 
 _ROWS = 1 << 16  # rows a row group, and samples in memory at a time
@@ -59,18 +61,32 @@ def write(
     """
     digest, names, count = Digest(), set[str | None](), 0
     with TemporaryFile() as draft:
-        with pq.ParquetWriter(draft, schema.MANIFEST, compression="zstd") as writer:
-            for batch in batched(samples):
-                chunks = (count + np.arange(len(batch))) // chunk_size
-                table = to_table(batch, chunks)
-                digest.update(table)
-                names |= set(pc.unique(table["class_name"]).to_pylist())
+        writer = pq.ParquetWriter(draft, schema.MANIFEST, compression="zstd")
+        for batch in batched(samples):
+            chunks = (count + np.arange(len(batch))) // chunk_size
+            table = to_table(batch, chunks)
+            digest.update(table)
+            names |= set(pc.unique(table["class_name"]).to_pylist())
+            with _drafting():
                 writer.write_table(table)
-                count += len(batch)
-                advance(len(batch))
+            count += len(batch)
+            advance(len(batch))
+        with _drafting():
+            writer.close()
         named = classes if classes is not None else datasets.class_names({name for name in names if name is not None})
         write_labelled(path, _tables(draft), named)
     return Index(count, -(-count // chunk_size), tuple(named), digest.hexdigest())
+
+
+@contextmanager
+def _drafting() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"cannot write to the temporary folder {gettempdir()}: {error.strerror or error}",
+            hint="Free space there, or name another: TMPDIR=/large/disk cdclean scan ...",
+        ) from error
 
 
 def to_table(batch: list[Sample], chunks: npt.NDArray[np.int64]) -> pa.Table:

@@ -308,11 +308,21 @@ def test_a_full_disk_leaves_a_run_that_resumes(dataset: Path, checkpoint: Path, 
     limited = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
     limited += "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))\n"
     code = limited + SCAN.replace("chunk_size=2", "chunk_size=8")
-    command = [sys.executable, "-c", code, str(dataset), str(checkpoint), str(out), "1"]
+    command = [sys.executable, "-c", code, str(dataset), str(checkpoint), str(out), "1", "1"]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert "IncompleteError" in done.stderr
     assert not any((out / "records").iterdir())
     assert rows(scan(settings(dataset, checkpoint, out))).num_rows == 24
+
+
+def test_a_full_temporary_folder_is_named(dataset: Path, checkpoint: Path, tmp_path: Path) -> None:
+    limited = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+    limited += "resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))\n"
+    code = SCAN.replace("scan(settings", f"{limited}scan(settings")
+    command = [sys.executable, "-c", code, str(dataset), str(checkpoint), str(tmp_path / "x.cdclean"), "1", "1"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert "cannot write to the temporary folder" in done.stderr
+    assert rows(scan(settings(dataset, checkpoint, tmp_path / "x.cdclean"))).num_rows == 24
 
 
 def test_folders_that_are_not_runs_are_not_touched(dataset: Path, checkpoint: Path, tmp_path: Path) -> None:
