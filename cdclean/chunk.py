@@ -59,7 +59,7 @@ class ChunkWorker:
     distill: DistillConfig  # resolved: batch_size, precision, head and layer are set
     device: str  # a torch device
     thumbnail_size: int
-    dataset: tuple[str, str]  # location and kind
+    dataset: str  # its location
     labels: tuple[int | None, ...] | None  # the model's class of each class of the dataset; None: not comparable
 
     def __call__(self, task: Task, progress: Callable[[int], object]) -> ChunkReport:
@@ -107,9 +107,9 @@ class ChunkWorker:
     def _require_dataset(self, rows: list[dict[str, Any]]) -> None:
         """A lost disk or network must not pass for a thousand unreadable samples. Raises IncompleteError."""
         unread = any(row["status"] == Status.UNREADABLE and "content_hash" not in row for row in rows)
-        if unread and not is_there(*self.dataset):
+        if unread and not is_there(self.dataset):
             raise IncompleteError(
-                f"the dataset {self.dataset[0]} has gone while it was scored",
+                f"the dataset {self.dataset} has gone while it was scored",
                 hint="Mount it, or connect to it again, and run the same command.",
             )
 

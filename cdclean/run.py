@@ -120,7 +120,7 @@ def _score(run: Location, settings: ScanConfig, content: dict[str, Any], metrics
         distill=replace(settings.distill, **{name: planned[name] for name in names}),
         device=devices[0],
         thumbnail_size=settings.thumbnail_size,
-        dataset=(data["location"], data["kind"]),
+        dataset=data["location"],
         labels=summary.model_labels(data["classes"], model["class_names"], model["classes"]),
     )
     sizes = manifest.chunk_sizes(run / "manifest.parquet")

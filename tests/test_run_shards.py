@@ -108,6 +108,23 @@ def test_two_workers_give_what_one_gives(settings: ScanConfig, tmp_path: Path) -
     assert rows(scan(replace(settings, workers=2))).equals(whole)
 
 
+def test_a_script_needs_no_guard(settings: ScanConfig, tmp_path: Path) -> None:
+    """Processes are spawned, and would run the script again."""
+    script = f"""
+import cdclean
+print("once")
+model = cdclean.ModelSpec({settings.model.source!r}, input_size=({SIZE}, {SIZE}))
+config = cdclean.DistillConfig(steps=1, batch_size=4)
+settings = cdclean.ScanConfig({settings.dataset!r}, model, config, out={settings.out!r}, device="cpu", workers=2)
+print(cdclean.scan(settings), __file__)
+"""
+    (tmp_path / "script.py").write_text(script)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(tmp_path / "script.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == ["once", f"{settings.out} {tmp_path / 'script.py'}"], done.stderr
+
+
 # A factory whose network kills its process when it sees a marked image.
 KILLER = """
 import os, torch, timm

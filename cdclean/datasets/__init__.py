@@ -73,12 +73,12 @@ def classes(dataset: Dataset) -> list[str] | None:
     return names
 
 
-def is_there(dataset: str, kind: str) -> bool:
+def is_there(dataset: str) -> bool:
     """Whether a dataset's location can still be read: a disk that was unmounted leaves an empty folder."""
     place = storage.locate(storage.from_text(dataset))
     try:
         with storage.answering():
-            return place.exists() and (kind != "imagefolder" or any(True for _ in place.iterdir()))
+            return place.exists() and (not place.is_dir() or any(True for _ in place.iterdir()))
     except OSError:
         return False
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -56,7 +57,7 @@ def run_chunks(
             if all(seat.retired for seat in seats):
                 raise IncompleteError(
                     f"{_STILLBORN} workers in a row have died on each device before they were ready to score",
-                    hint="They say why above. In a script, call cdclean.scan below: if __name__ == '__main__':",
+                    hint="They say why above.",
                 )
             _fill(seats, worker, Task(first, rows=(0, 0)), schedule)
             _wait(seats)
@@ -197,7 +198,7 @@ def _start(seat: _Seat, worker: Worker[Any]) -> None:
     seat.process = context.Process(target=_work, args=(theirs, worker), daemon=True)
     resource_tracker.ensure_running()  # it would unblock the signals
     # Blocked until the child ignores them, and until this process knows that it has a child.
-    with _blocked(_SIGNALS), theirs:
+    with _blocked(_SIGNALS), theirs, _script_hidden():
         seat.process.start()
 
 
@@ -238,6 +239,21 @@ def _dismiss(seats: list[_Seat]) -> None:
     finally:
         for seat in seats:
             _clear(seat)
+
+
+@contextmanager
+def _script_hidden() -> Iterator[None]:
+    """A spawned process imports the script that the parent runs, and so runs it again where it is not guarded.
+
+    Workers need nothing of it: all that they get is cdclean's.
+    """
+    main = sys.modules["__main__"]
+    hidden: dict[str, Any] = {name: vars(main).pop(name) for name in ("__spec__", "__file__") if name in vars(main)}
+    main.__spec__ = None
+    try:
+        yield
+    finally:
+        vars(main).update(hidden)
 
 
 # --- In the process ---
