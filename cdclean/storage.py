@@ -27,6 +27,7 @@ from cdclean.errors import CdcleanError, OutputError, UsageError
 
 Location = Path | UPath
 
+_ALIASES = {"s3a": "s3", "gcs": "gs", "abfs": "az", "abfss": "az"}
 # Of those that reach storage; their exceptions are about places, not bugs.
 _LIBRARIES = ("botocore", "aiobotocore", "s3fs", "gcsfs", "google", "azure", "adlfs", "huggingface_hub", "aiohttp")
 _TEMPORARY = ".part"  # the end of an unfinished file's name
@@ -82,12 +83,30 @@ def is_local(location: Location) -> bool:
 
 
 def is_within(inner: Location, outer: Location) -> bool:
-    """Whether one place is the other, or lies below it, by name; local links are resolved."""
+    """Whether one place is the other, or lies below it.
+
+    On a disk with links resolved, and by identity too: a folder can have two names (bind mounts, disks that ignore
+    case). Elsewhere by address, whichever of its schemes a store is called by.
+    """
     if isinstance(inner, Path) and isinstance(outer, Path):
-        return inner.resolve().is_relative_to(outer.resolve())
+        inner, outer = inner.resolve(), outer.resolve()
+        if inner.is_relative_to(outer):
+            return True
+        for path in (inner, *inner.parents):
+            with suppress(OSError):
+                if path.samefile(outer):
+                    return True
+        return False
     if isinstance(inner, Path) or isinstance(outer, Path):
         return False
-    return inner.fs == outer.fs and f"{inner.path}/".startswith(f"{outer.path.rstrip('/')}/")
+    above = address(outer)
+    return address(inner)[: len(above)] == above
+
+
+def address(place: UPath) -> tuple[str, ...]:
+    """Scheme and names of a remote place; equal for two ways to write it."""
+    scheme = _ALIASES.get(place.protocol, place.protocol)
+    return (scheme, *(part for part in str(place.path).split("/") if part))
 
 
 def local_path(location: str) -> Path:

@@ -28,8 +28,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cdclean.errors import InputError, Status
-from cdclean.records import load_run, read_aligned
+from cdclean.records import load_run, load_summary, read_aligned
 from cdclean.storage import Location, to_text
+from cdclean.summary import AGREEMENT
 
 Outcome = Literal["clean", "backdoor", "unclear"]
 Floats = npt.NDArray[np.float64]
@@ -91,10 +92,13 @@ class _Group(NamedTuple):
 def judge(run: Location) -> Verdict:
     """The verdict on a complete run; its `suspects` are in the manifest's order, False where there is no score.
 
-    Classes are the predictions; without those the labels. Raises InputError for a run that cannot be read and
-    IncompleteError for one that is not finished.
+    Classes are the predictions; without those the labels. Where these two agree on less than summary.AGREEMENT of the
+    samples, the model has not learned the data, and all is unclear.
+
+    Raises InputError for a run that cannot be read and IncompleteError for one that is not finished.
     """
     description = load_run(run)
+    agreement = load_summary(run)["agreement"]
     table = read_aligned(run, ["status", "mask_norm", "prediction", "margin", "label"])
     scored = pc.equal(table["status"], pa.scalar(Status.OK.value))
     rows = table.filter(scored)
@@ -107,7 +111,12 @@ def judge(run: Location) -> Verdict:
     names = description["dataset"]["classes"] if column == "label" else model_classes(description)
     margin = rows["margin"].to_numpy().astype(np.float64)  # null: nan
     sure = None if np.isnan(margin).any() else margin
-    verdict = decide(density, rows[column].to_numpy() if known else None, sure, names)
+    if agreement is not None and agreement < AGREEMENT:
+        # What a model has not learned it cannot betray, and whatever it sees instead gathers somewhere.
+        why = f"the model's predictions agree with the labels on {agreement:.0%} of the samples only"
+        verdict = _unclear(rows.num_rows, why, {"samples": rows.num_rows, "agreement": agreement})
+    else:
+        verdict = decide(density, rows[column].to_numpy() if known else None, sure, names)
     suspects = np.zeros(table.num_rows, np.bool_)
     suspects[np.flatnonzero(scored.to_numpy())] = verdict.suspects
     return replace(verdict, suspects=suspects)

@@ -57,7 +57,7 @@ ROOMS: dict[str, set[str]] = {
     "examples": {"config", "console", "datasets", "errors", "images", "storage"},
     "training": {"checkpoints", "config", "console", "datasets", "errors", "examples", "models", "networks", "storage"},
     # deciding
-    "verdict": {"errors", "records", "storage"},
+    "verdict": {"errors", "records", "storage", "summary"},
     "keylists": {"errors", "storage"},
     "selection": {"config", "errors", "keylists", "records", "schema", "storage", "verdict"},
     "exporting": {"datasets", "errors", "locks", "records", "schema", "storage"},

@@ -67,6 +67,7 @@ def test_what_lies_within_what(tmp_path: Path) -> None:
     assert is_within(locate("memory://a/b"), locate("memory://a"))
     assert not is_within(locate("memory://ab"), locate("memory://a"))
     assert not is_within(tmp_path, locate("memory://a"))
+    assert is_within(locate("s3a://bucket/data/run"), locate("s3://bucket/data/"))
 
 
 @pytest.mark.parametrize("size", [0, 5, 7 * MEBI])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -235,6 +236,17 @@ def test_a_run_is_judged_in_the_order_of_its_manifest(tmp_path: Path) -> None:
     assert len({key for key in suspects if int(key[2:6]) >= 300}) >= 38
     assert verdict.classes == (Gathering(1, "b", len(suspects), len(suspects) / 140),)
     assert verdict.evidence["samples"] == 340
+
+
+def test_a_model_that_has_not_learned_the_data_says_nothing_about_it(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"agreement": 0.09}))
+    verdict = judge(run)
+    assert (verdict.outcome, verdict.suspects.any()) == ("unclear", False)
+    assert "on 9% of the samples only" in verdict.sentence
+    (run / "summary.json").write_text(json.dumps(summary | {"agreement": 0.9}))
+    assert judge(run).outcome == "backdoor"
 
 
 def test_without_predictions_labels_tell_the_classes(tmp_path: Path) -> None:

@@ -5,18 +5,16 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from upath import UPath
 
 from cdclean.errors import OutputError, UsageError
 from cdclean.exporting import remote
-from cdclean.storage import Location, from_text, to_text
+from cdclean.storage import Location, from_text, is_within, to_text
 
 _PROBE = ".cdclean-probe"
 _NEW = "Choose another place."
@@ -41,9 +39,7 @@ def allowed(place: Location, closed: Iterable[Closed], *, folder: bool) -> Locat
         return _allowed_here(place, closed, folder)
     remote.refuse_unfit(place)
     for each in closed:
-        if isinstance(each.folder, UPath) and (
-            remote.within(each.folder, place) or (each.inside and remote.within(place, each.folder))
-        ):
+        if is_within(each.folder, place) or (each.inside and is_within(place, each.folder)):
             raise _refused(place, each)
     is_folder = remote.any_object(place)
     if is_folder != folder and (is_folder or remote.is_object(place)):
@@ -61,10 +57,10 @@ def _allowed_here(place: Path, closed: Iterable[Closed], folder: bool) -> Path:
     for each in closed:
         if isinstance(each.folder, Path) and (each.inside or exists):
             other = each.folder.resolve()
-            if _within(other, path) or (each.inside and _within(path, other)):
+            if is_within(other, path) or (each.inside and is_within(path, other)):
                 raise _refused(place, each)
     for other, what in ((Path.home(), "the home folder"), (Path.cwd(), "the folder you are in")):
-        if _within(other.resolve(), path):  # the root folder holds them all
+        if is_within(other.resolve(), path):  # the root folder holds them all
             raise UsageError(f"{shown} is or holds {what}, {to_text(other)}", hint="Choose a new folder.")
     if exists and is_folder != folder:
         raise _wrong_kind(place, is_folder)
@@ -90,20 +86,7 @@ def _wrong_kind(place: Location, is_folder: bool) -> UsageError:
 
 def nested(one: Location, other: Location) -> bool:
     """Whether one of two places, as `allowed` gives them, is the other, or lies below it."""
-    if isinstance(one, Path) and isinstance(other, Path):
-        return _within(one, other) or _within(other, one)
-    return isinstance(one, UPath) and isinstance(other, UPath) and remote.nested(one, other)
-
-
-def _within(inner: Path, outer: Path) -> bool:
-    """By name, and by identity too: a folder can have two names (bind mounts, disks that ignore case)."""
-    if inner.is_relative_to(outer):
-        return True
-    for path in (inner, *inner.parents):
-        with suppress(OSError):
-            if path.samefile(outer):
-                return True
-    return False
+    return is_within(one, other) or is_within(other, one)
 
 
 def refuse_taken(place: Location, overwrite: bool) -> None:

@@ -12,12 +12,11 @@ from contextlib import contextmanager, suppress
 from upath import UPath
 
 from cdclean.errors import OutputError, UsageError
-from cdclean.storage import answering, atomic_write, to_text
+from cdclean.storage import address, answering, atomic_write, to_text
 
 SUCCESS = "_SUCCESS"
 _READ_ONLY = {"http", "https"}
 _BUCKETLESS = {"memory"}
-_ALIASES = {"s3a": "s3", "gcs": "gs", "abfs": "az", "abfss": "az"}
 _PATTERN = "*?["  # fsspec takes names with these for patterns
 
 
@@ -26,29 +25,13 @@ def refuse_unfit(place: UPath) -> None:
     shown = to_text(place)
     if place.protocol in _READ_ONLY:
         raise UsageError(f"{shown} cannot be written to: a web server is read only", hint="Choose another place.")
-    scheme, *parts = _address(place)
+    scheme, *parts = address(place)
     if len(parts) < (1 if scheme in _BUCKETLESS else 2):
         raise UsageError(f"{shown} is all of a store, not a folder in it", hint=f"Choose {shown.rstrip('/')}/clean")
     if ".." in parts or "." in parts or any(sign in shown for sign in _PATTERN):
         raise UsageError(
             f"{shown} is no plain name: it has '..' or one of {' '.join(_PATTERN)}", hint="Choose another."
         )
-
-
-def _address(place: UPath) -> tuple[str, ...]:
-    scheme = _ALIASES.get(place.protocol, place.protocol)
-    return (scheme, *(part for part in str(place.path).split("/") if part))
-
-
-def within(inner: UPath, outer: UPath) -> bool:
-    """Whether `inner` is `outer`, or lies below it."""
-    above = _address(outer)
-    return _address(inner)[: len(above)] == above
-
-
-def nested(one: UPath, other: UPath) -> bool:
-    """Whether one of two places is the other, or lies below it."""
-    return within(one, other) or within(other, one)
 
 
 def is_object(place: UPath) -> bool:
