@@ -17,7 +17,7 @@ Objective = Literal["probabilities", "logits", "features"]
 Head = Literal["auto", "softmax", "sigmoid", "probabilities", "sigmoid-probabilities"]
 Precision = Literal["auto", "fp32", "bf16", "fp16", "fp64"]
 Resize = Literal["center", "squash", "border"]
-Preset = Literal["default", "paper"]
+Preset = Literal["fast", "default", "thorough", "paper"]
 Engine = Literal["auto", "serial", "local", "ray"]
 ExportMode = Literal["copy", "hardlink", "symlink", "list"]
 ListFormat = Literal["csv", "jsonl", "parquet"]
@@ -72,7 +72,11 @@ class DistillConfig:
     betas: tuple[float, float] = (0.1, 0.1)  # of Adam
     area_cost: float | None = None  # price of a full mask, in the objective's unit; None: AREA_COST
     pixel_cost: float = 0.0  # price of one pixel: the paper's, whose sum grows with the image
-    smoothness: float = 1.0  # weight of the mask's total variation
+    smoothness: float = 1.0  # weight of the total variation of the mask's cells
+    grid: int | None = 16  # cells a side that the mask is made of; None: one a pixel, as in the paper
+    averaged: float = (
+        1 / 3
+    )  # share of the steps, the last ones, whose masks are averaged; 0: the last mask, the paper's
     temperature: float = 1.0  # softens both outputs; `probabilities` alone
     relative: bool = True  # `logits`, `features`: distances in units of the reference's own spread
     head: Head = "auto"  # what the model's output means
@@ -94,8 +98,27 @@ class DistillConfig:
         for name in ("area_cost", "pixel_cost", "smoothness"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        if self.grid is not None and self.grid < 1:
+            raise UsageError(f"grid must be at least 1, not {self.grid}")
+        if not 0 <= self.averaged <= 1:
+            raise UsageError(f"averaged is a share of the steps, in [0, 1], not {self.averaged}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UsageError(f"betas must be in [0, 1), not {self.betas}")
+
+
+# How much is spent on an image; tests/benchmarks/results/objectives.md has what each finds.
+_BUDGETS: dict[str, dict[str, Any]] = {
+    "fast": {"steps": 15, "learning_rate": 0.5},
+    "default": {},
+    "thorough": {"steps": 60},
+}
+
+
+def preset(name: Preset, **given: Any) -> DistillConfig:
+    """The settings of a preset, with what is given put over them."""
+    if name == "paper":
+        return dataclasses.replace(paper(given.pop("objective", "logits")), **given)
+    return DistillConfig(**(_BUDGETS[name] | given))
 
 
 def paper(objective: Objective = "logits") -> DistillConfig:
@@ -110,6 +133,8 @@ def paper(objective: Objective = "logits") -> DistillConfig:
         area_cost=0.0,
         pixel_cost=gamma,
         smoothness=10.0,
+        grid=None,
+        averaged=0.0,
         relative=False,
         precision="fp32",
     )

@@ -9,6 +9,9 @@ masked-out part painted in a colour drawn anew at every step. The mask is what m
 
 A backdoored image needs its trigger and nothing else, so its mask is suspiciously small.
 
+The mask has one value a pixel in the paper, and one a cell of `config.grid` by `config.grid` cells here: so it costs the
+same at every image size, and cannot hide in single pixels as adversarial noise does.
+
 Read on from top to bottom: what comes back, the public function, the loop, the distances, the fills. How a model is
 asked, and what its answer means, stands in answers.py.
 """
@@ -34,8 +37,8 @@ class Distilled:
 
     masks: Tensor  # [B, 1, H, W] in [0, 1]; 1 = the model needs this pixel
     mask_norm: Tensor  # [B] L1 norm of the mask, in pixels: the score, small is suspicious
-    divergence: Tensor  # [B] distance of the model's answers to pattern and image, over the last quarter of the steps
-    total_variation: Tensor  # [B] roughness of the mask
+    divergence: Tensor  # [B] distance of the model's answers to pattern and image, over the steps that are averaged
+    total_variation: Tensor  # [B] roughness of the mask, pixel by pixel
     steps: Tensor  # [B] int64, optimisation steps spent
     patterns: Tensor  # [B, C, H, W] the cognitive pattern: images * masks
     logits: Tensor | None  # [B, classes] of the unmasked image; None for a model without a flat output
@@ -92,34 +95,45 @@ def _optimise(model: nn.Module, images: Tensor, noise: Tensor, config: DistillCo
         reference, output = answer(images.clone())  # a clone: the model may work in place
     distance = _distance(reference, config, head)
 
-    # The mask is (tanh(w) + 1) / 2, which stays in [0, 1] whatever the optimiser does. It starts nearly open: w = 1.
-    w = torch.ones_like(images[:, :1]).requires_grad_()
+    # A cell of the mask is (tanh(w) + 1) / 2, which stays in [0, 1] whatever the optimiser does. It starts nearly open.
+    height, width = images.shape[2:]
+    rows, columns = (min(config.grid or side, side) for side in (height, width))
+    w = images.new_ones(len(images), 1, rows, columns).requires_grad_()
     optimiser = torch.optim.Adam([w], lr=config.learning_rate, betas=config.betas)
     area, pixels = config.area_cost or 0.0, config.pixel_cost
     scale = 1024 if config.precision == "fp16" else 1  # keeps small gradients above what fp16 can hold
-    late: list[Tensor] = []
+    late = max(1, round(config.averaged * config.steps))
+    divergences, found = [], []
     for step in range(config.steps):
-        mask = (torch.tanh(w) + 1) / 2
+        cells = (torch.tanh(w) + 1) / 2
+        mask = _enlarged(cells, height, width)
         colour = noise[:, step, :, None, None]
         seen, _ = answer(mask * images + (1 - mask) * colour)
         divergence = distance(seen)
-        price = area * mask.mean((1, 2, 3)) + pixels * mask.sum((1, 2, 3)) + config.smoothness * total_variation(mask)
+        price = area * mask.mean((1, 2, 3)) + pixels * mask.sum((1, 2, 3)) + config.smoothness * total_variation(cells)
         (gradient,) = torch.autograd.grad(scale * (divergence + price).sum(), w)
         w.grad = gradient / scale
         optimiser.step()
-        if step >= config.steps - max(1, config.steps // 4):
-            late.append(divergence.detach())
+        if step >= config.steps - late:
+            divergences.append(divergence.detach())
+            found.append(torch.tanh(w.detach()))
 
-    mask = (torch.tanh(w.detach()) + 1) / 2
+    # Steps of this size jump around the minimum: the mean of the last masks is steadier than the last one alone.
+    mask = _enlarged((torch.stack(found).mean(0) + 1) / 2, height, width)
     return Distilled(
         masks=mask,
         mask_norm=mask.sum((1, 2, 3)),
-        divergence=torch.stack(late).mean(0),
+        divergence=torch.stack(divergences).mean(0),
         total_variation=total_variation(mask),
         steps=torch.full((len(mask),), config.steps),
         patterns=images * mask,
         logits=output,
     )
+
+
+def _enlarged(cells: Tensor, height: int, width: int) -> Tensor:
+    """Cells [B, 1, rows, columns] as a mask [B, 1, height, width], every pixel with the value of its cell."""
+    return cells if cells.shape[2:] == (height, width) else F.interpolate(cells, (height, width), mode="nearest")
 
 
 # --- Distances: how far the answer to the pattern is from the answer to the image, per image [B] ---
@@ -148,7 +162,7 @@ def _distance(reference: Tensor, config: DistillConfig, head: Head) -> Callable[
 
 
 def total_variation(mask: Tensor) -> Tensor:
-    """Sum of squared differences of neighbouring pixels over the number of pixels; [B, 1, H, W] -> [B]."""
+    """Sum of squared differences of neighbouring values over their number; [B, 1, H, W] -> [B]."""
     rows = (mask[..., 1:, :] - mask[..., :-1, :]).square().sum((1, 2, 3))
     columns = (mask[..., :, 1:] - mask[..., :, :-1]).square().sum((1, 2, 3))
     return (rows + columns) / mask[0].numel()

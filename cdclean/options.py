@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cdclean.config import DistillConfig, Head, ModelSpec, Objective, Precision, Preset, Resize, paper
+from cdclean.config import DistillConfig, Head, ModelSpec, Objective, Precision, Preset, Resize, preset
 from cdclean.errors import UsageError
 
 
@@ -81,7 +81,11 @@ ObjectiveOption = Annotated[
     typer.Option(help="What the pattern must keep. Default: probabilities.", rich_help_panel=_DISTILL),
 ]
 PresetOption = Annotated[
-    Preset, typer.Option(help="paper: the published settings (logits or features).", rich_help_panel=_DISTILL)
+    Preset,
+    typer.Option(
+        help="How much is spent on an image: fast, default, thorough; paper: the published settings.",
+        rich_help_panel=_DISTILL,
+    ),
 ]
 Steps = Annotated[int | None, typer.Option(help="Optimisation steps an image.", rich_help_panel=_DISTILL)]
 LearningRate = Annotated[float | None, typer.Option(help="Of the mask.", rich_help_panel=_DISTILL)]
@@ -174,6 +178,4 @@ def distill_config(options: dict[str, Any]) -> DistillConfig:
     given = {field.name: options.get(field.name) for field in dataclasses.fields(DistillConfig)}
     given["batch_size"] = _batch_size(options["batch_size"])
     chosen = {name: value for name, value in given.items() if value is not None}
-    if options["preset"] == "paper":
-        return dataclasses.replace(paper(chosen.pop("objective", "logits")), **chosen)
-    return DistillConfig(**chosen)
+    return preset(options["preset"], **chosen)

@@ -272,6 +272,8 @@ def test_attributes_have_a_table(run: Path, tmp_path: Path) -> None:
     table.write_text("key,<b>mark\n" + "".join(f"{key},{'yes' if key[2] == 'p' else 'no'}\n" for key in keys))
     page = page_of(run, out=tmp_path / "with.html", attributes=table)
     assert "<b>mark = yes is over-represented most" in page.text
+    assert page.values("data-value").count("Infinity") == 6  # three classes are described, by label and prediction
+    assert page.values("data-value").count("not tested") == 6
     assert "#bias" in page.values("href")
     assert f"--attributes {table}" in page.text
     assert "#bias" not in page_of(run, out=tmp_path / "without.html").values("href")

@@ -412,6 +412,18 @@ def test_tables_sort_by_the_pressed_heading(open_: Open, plain: Path) -> None:
     assert page.locator("#bias th[data-sort] button").count() == 9 + 8  # within each predicted class, and the whole
 
 
+def test_what_is_not_tested_sorts_beyond_all_that_is(open_: Open, plain: Path) -> None:
+    table = open_(plain).locator("#bias table").last
+    cells = table.locator("tbody tr > :nth-child(7)")
+    heading = table.locator("th", has_text="q").last
+    for order in ("descending", "ascending"):
+        heading.locator("button").click()
+        assert heading.get_attribute("aria-sort") == order
+        described = [text == "-" for text in cells.all_inner_texts()]
+        assert (described.count(True), described.count(False)) == (6, 2)
+        assert described == sorted(described, reverse=order == "descending")
+
+
 def test_commands_can_be_copied(browser: Browser, plain: Path) -> None:
     context = browser.new_context()
     context.grant_permissions(["clipboard-read", "clipboard-write"])

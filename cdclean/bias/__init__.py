@@ -8,6 +8,9 @@ For every value of every attribute the samples form a table of two by two, with 
 small masks or not. Its test is Fisher's exact test, both tails (twice the smaller one); over all values tested, the
 rate of false discoveries is held by the Benjamini-Hochberg procedure.
 
+Classes differ in the size of their masks without any shortcut. So against the whole run the class and the prediction
+are described, not tested: a p-value would answer a question that nobody has.
+
 The effect is the odds ratio. Unlike a difference of shares it does not shrink where a value is rare, and unlike a
 ratio of shares it has no ceiling where a value is common. A half is added to each count (Haldane-Anscombe), so it is
 finite where a count is 0; its 95 % interval is Woolf's. Rows are ordered by the end of that interval that is nearer to
@@ -17,7 +20,7 @@ from a million.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -42,12 +45,14 @@ MAX_VALUES = 1000  # of one attribute from the file: beyond, it is a name, not a
 _NORMAL = 1.959963984540054  # 97.5 % quantile: intervals of 95 %
 
 CAVEAT = (
-    "What this shows: values that go with small masks more, or less, often than chance explains. A small mask means "
-    "that the model needs little of the image, as it does where it has learned a shortcut. What it does not show: that "
-    "the value is the cause, since whatever goes with it gathers in the same way, its class above all, and classes "
-    "differ in the size of their masks without any shortcut (comparing within the predicted class leaves that out); "
-    "that the model is unfair, or wrong; or that it is free of shortcuts where nothing is listed: only the attributes "
-    "given are looked at, and a shortcut that is large in the image has large masks. Look at the images."
+    "What this shows: the significant values go with small masks more, or less, often than chance explains. A small "
+    "mask means that the model needs little of the image, as it does where it has learned a shortcut. What it does not "
+    "show: that the value is the cause, since whatever goes with it gathers in the same way, its class above all, and "
+    "classes differ in the size of their masks without any shortcut (so against the whole run class and prediction are "
+    "not tested, and a value that goes with a class can be significant for that alone; comparing within the predicted "
+    "class leaves that out); that the model is unfair, or wrong; or that it is free of shortcuts where nothing is "
+    "significant: only the attributes given are looked at, and a shortcut that is large in the image has large masks. "
+    "Look at the images."
 )
 
 
@@ -66,14 +71,18 @@ class Enrichment:
     effect: float  # odds ratio: above 1 over-represented, below 1 under-represented
     low: float  # 95 % confidence interval of the effect
     high: float
-    p_value: float
-    q_value: float  # p_value after Benjamini-Hochberg over all values tested
-    significant: bool
+    tested: bool  # False: only described, as class and prediction are against the whole run
+    p_value: float | None  # None where it is not tested
+    q_value: float | None  # p_value after Benjamini-Hochberg over all values tested
+    significant: bool  # never where it is not tested
 
 
 @dataclass(frozen=True)
 class Bias:
-    """What `analyse` found. `rows`: the significant ones first, of these and of the others the strongest first."""
+    """What `analyse` found.
+
+    rows: the significant ones, then the others that were tested, then those described; of each the strongest first.
+    """
 
     rows: tuple[Enrichment, ...]
     share: float  # of the samples counted as having small masks
@@ -81,12 +90,20 @@ class Bias:
     scored: int  # samples with a score
     small: int  # of those, the ones with the smallest masks
     cutoff: float | None  # largest of those, mask norm in model-input pixels; None where each class has its own
-    min_support: int  # samples that have a value, and that lack it, for it to be tested
-    rare: int  # values that were not tested for that
+    min_support: int  # samples that have a value, and that lack it, for it to have a row
+    rare: int  # values that have none for that
     without_attributes: int  # scored samples without a row in the file; 0 without a file
     unmatched: int  # rows of the file whose sample is not in the run, or has no score
     skipped: tuple[Skipped, ...]
     caveat: str = CAVEAT
+
+    @property
+    def tested(self) -> tuple[Enrichment, ...]:
+        return tuple(row for row in self.rows if row.tested)
+
+    @property
+    def described(self) -> tuple[Enrichment, ...]:
+        return tuple(row for row in self.rows if not row.tested)
 
     @property
     def significant(self) -> tuple[Enrichment, ...]:
@@ -99,13 +116,14 @@ def analyse(
     """Which attribute values are over- or under-represented among the smallest masks of a complete run.
 
     attributes: a .csv, .parquet or .jsonl file with the column `key` (as in the manifest) and any others, a row a
-        sample. The sample's class and the model's prediction are always among the attributes. Numbers with many
+        sample. The sample's class and the model's prediction are always among the attributes; against the whole run
+        they are described, not tested. Numbers with many
         different values are cut into fifths; a sample without a value has the value `(none)`.
     share: the part of the scored samples, in (0, 1), whose masks count as small; equal norms by key.
     within: `prediction` takes the smallest masks of each predicted class, and compares with that class alone. So what
         is only frequent in a class whose masks are small does not show; nor does the prediction itself.
 
-    A value is tested where at least MIN_SUPPORT of the compared samples have it and as many do not. A column where no
+    A value has a row where at least MIN_SUPPORT of the compared samples have it and as many do not. A column where no
     value is that frequent, such as a name, or where more than MAX_VALUES are, is passed over, and said so.
 
     Raises UsageError for a share out of range or of no sample, a file of another kind, or `within` without predictions;
@@ -142,7 +160,7 @@ def analyse(
     counted = [_count(column, strata, small) for column in columns]
     rare = sum(counts.rare for counts in counted)
     return Bias(
-        rows=_rows(counted, columns, strata),
+        rows=_rows(counted, columns, strata, described=() if within else built_in),
         share=share,
         within=within,
         scored=len(small),
@@ -168,7 +186,7 @@ def comparisons(run: Location, attributes: Location | None = None, *, share: flo
 
 
 def as_dict(bias: Bias) -> dict[str, Any]:
-    """Everything in plain JSON types; every number is finite."""
+    """Everything in plain JSON types; every number is finite, and null where there is none."""
     plain = asdict(bias)
     return plain | {"rows": list(plain["rows"]), "skipped": list(plain["skipped"])}
 
@@ -213,7 +231,7 @@ def _smallest(scored: pa.Table, share: float, strata: Attribute | None) -> npt.N
 
 @dataclass(frozen=True)
 class _Counts:
-    """Of one attribute: stratum, value, and the four counts, for every pair that is frequent enough to be tested."""
+    """Of one attribute: stratum, value, and the four counts, for every pair that is frequent enough."""
 
     numbers: npt.NDArray[np.int64]  # [6, pairs]: stratum, value, samples, small, support, observed
     rare: int
@@ -247,15 +265,18 @@ def _count(attribute: Attribute, strata: Attribute | None, small: npt.NDArray[np
         for chosen in (slice(None), small)
     )
     samples, smalls = (np.broadcast_to(c.sum(1, keepdims=True), c.shape) for c in (support, observed))
-    tested = (support >= MIN_SUPPORT) & (samples - support >= MIN_SUPPORT) & (smalls > 0)
-    tested[:, -1] = False  # the rare values together
-    rows, at = np.nonzero(tested)
-    numbers = np.stack([rows, frequent[at], *(c[tested] for c in (samples, smalls, support, observed))])
+    enough = (support >= MIN_SUPPORT) & (samples - support >= MIN_SUPPORT) & (smalls > 0)
+    enough[:, -1] = False  # the rare values together
+    rows, at = np.nonzero(enough)
+    numbers = np.stack([rows, frequent[at], *(c[enough] for c in (samples, smalls, support, observed))])
     present = int((support[:, :-1] > 0).sum())
     return _Counts(numbers, present - len(rows) + len(attribute.values) - len(frequent))
 
 
-def _rows(counted: Sequence[_Counts], columns: Sequence[Attribute], strata: Attribute | None) -> tuple[Enrichment, ...]:
+def _rows(
+    counted: Sequence[_Counts], columns: Sequence[Attribute], strata: Attribute | None, described: Collection[str]
+) -> tuple[Enrichment, ...]:
+    """In the order of `Bias.rows`. described: names of the attributes that are not tested."""
     from scipy.stats import false_discovery_control
 
     if not sum(counts.numbers.shape[1] for counts in counted):
@@ -263,13 +284,16 @@ def _rows(counted: Sequence[_Counts], columns: Sequence[Attribute], strata: Attr
     source = np.repeat(np.arange(len(columns)), [counts.numbers.shape[1] for counts in counted])
     numbers = np.concatenate([counts.numbers for counts in counted], axis=1)
     samples, small, support, observed = numbers[2:]
-    p_values = two_sided(samples, small, support, observed)
-    q_values = false_discovery_control(p_values, method="bh")
+    tested = np.array([column.name not in described for column in columns])[source]
+    p_values, q_values = np.full((2, len(source)), np.nan)
+    if tested.any():
+        p_values[tested] = two_sided(*(counts[tested] for counts in (samples, small, support, observed)))
+        q_values[tested] = false_discovery_control(p_values[tested], method="bh")
     effect, low, high = odds_ratio(samples, small, support, observed)
     certain = np.where(effect > 1, np.log(low), -np.log(high)).round(9)  # equal for two values that exclude each other
-    significant = q_values <= LEVEL
+    significant = q_values <= LEVEL  # NaN is not
     # Of those two the one in excess comes first.
-    order = np.lexsort([numbers[1], source, effect <= 1, -certain, ~significant])
+    order = np.lexsort([numbers[1], source, effect <= 1, -certain, ~significant, ~tested])
 
     def build() -> Iterator[Enrichment]:
         for row in order.tolist():
@@ -286,8 +310,9 @@ def _rows(counted: Sequence[_Counts], columns: Sequence[Attribute], strata: Attr
                 effect=float(effect[row]),
                 low=float(low[row]),
                 high=float(high[row]),
-                p_value=float(p_values[row]),
-                q_value=float(q_values[row]),
+                tested=bool(tested[row]),
+                p_value=float(p_values[row]) if tested[row] else None,
+                q_value=float(q_values[row]) if tested[row] else None,
                 significant=bool(significant[row]),
             )
 

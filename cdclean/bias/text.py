@@ -13,17 +13,18 @@ _WIDTH = 100  # of running text
 
 def sentence(bias: Bias) -> str:
     """The strongest finding, or that there is none."""
-    found = bias.significant
-    if not bias.rows:
-        return "No attribute value could be tested."
+    tested, found = bias.tested, bias.significant
+    if not tested:
+        why = " Class and prediction are described: classes differ in the size of their masks without any shortcut."
+        return "No attribute value could be tested." + (why if bias.described else "")
     if not found:
-        return f"None of {len(bias.rows)} attribute values is over- or under-represented among the small masks."
+        return f"None of {len(tested)} attribute values is over- or under-represented among the small masks."
     row = found[0]
     which = f" of predicted class {_printable(row.within)}" if row.within is not None else ""
     how = "over" if row.effect > 1 else "under"
-    more = f"; of {len(bias.rows)} values tested {len(found)} are significant"
-    # Small masks of one class alone are no finding about a shortcut.
-    alone = {item.attribute for item in found} <= {"class", "prediction"}
+    more = f"; of {len(tested)} values tested {len(found)} are significant"
+    # Small masks of one class alone are no finding about a shortcut, not even within a predicted class.
+    alone = {item.attribute for item in found} == {"class"}
     classes = " Classes differ in that without any shortcut." if alone else ""
     return (
         f"{_printable(row.attribute)} = {_printable(row.value)} is {how}-represented most: {row.observed} of the "
@@ -32,12 +33,16 @@ def sentence(bias: Bias) -> str:
 
 
 def table(bias: Bias, limit: int = 20) -> str:
-    """For a terminal: a sentence, the first `limit` rows (`*`: significant), what was left out, what it means."""
+    """For a terminal: a sentence, rows (`*`: significant), what was left out, what it means.
+
+    limit: of the tested rows, and of the described ones, so that many of the first do not hide the second.
+    """
     where = " of each predicted class" if bias.within else ""
     lines = [*wrap(sentence(bias), _WIDTH), ""]
     header = ["", "attribute", "value", *(["predicted"] if bias.within else [])]
     cells = [[*header, "samples", "small", "expected", "odds ratio (95 %)", "q"]]
-    for row in bias.rows[:limit]:
+    shown = [*bias.tested[:limit], *bias.described[:limit]]
+    for row in shown:
         names = [row.attribute, row.value, *([row.within or "(all)"] if bias.within else [])]
         figures = [str(row.support), str(row.observed), f"{row.expected:.1f}"]
         effect = f"{_ratio(row.effect)} ({_ratio(row.low)} to {_ratio(row.high)})"
@@ -49,11 +54,13 @@ def table(bias: Bias, limit: int = 20) -> str:
     for line in cells:
         padded = [f"{c:<{w}}" if i < texts else f"{c:>{w}}" for i, (c, w) in enumerate(zip(line, widths, strict=True))]
         lines.append("  ".join(padded).rstrip())
-    if len(bias.rows) > limit:
-        lines.append(f"... and {len(bias.rows) - limit} more")
+    if len(bias.rows) > len(shown):
+        lines.append(f"... and {len(bias.rows) - len(shown)} more")
     lines += ["", f"small: among the {bias.small} smallest masks, {bias.share:.3g} of {bias.scored} samples{where}."]
+    if bias.described:
+        lines.append("q -: described, not tested.")
     if bias.rare:
-        lines.append(f"Not tested: {bias.rare} values that fewer than {bias.min_support} samples have, or lack.")
+        lines.append(f"Left out: {bias.rare} values that fewer than {bias.min_support} samples have, or lack.")
     lines += [f"Passed over: {_printable(item.attribute)} ({item.reason})." for item in bias.skipped]
     if bias.without_attributes or bias.unmatched:
         lines.append(
@@ -69,7 +76,9 @@ def _printable(text: str) -> str:
     return shown if len(shown) <= 40 else f"{shown[:37]}..."
 
 
-def _probability(value: float) -> str:
+def _probability(value: float | None) -> str:
+    if value is None:
+        return "-"
     return f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"
 
 

@@ -26,7 +26,7 @@ from cdclean.verdict import Verdict, judge
 SAMPLES_SHOWN = 24  # a gallery
 _MOST_SHOWN = 500
 _FEW = 20  # samples, below which a histogram says nothing
-_ATTRIBUTES = 200  # rows of the table of attributes, at most
+_ATTRIBUTES = 200  # tested rows of the table of attributes, and described ones, at most
 _WIDTHS = (560.0, 340.0)  # of the charts, on wide and on narrow screens
 _OUTCOMES = {"backdoor": "Looks like a backdoor", "clean": "No sign of a backdoor", "unclear": "Unclear"}
 
@@ -248,8 +248,8 @@ def _bias(run: Location, attributes: Location | None) -> list[dict[str, Any]]:
             "title": titles[found.within],
             "id": f"bias-{found.within or 'whole'}",
             "sentence": bias.sentence(found),
-            "rows": found.rows[:_ATTRIBUTES],
-            "more": max(0, len(found.rows) - _ATTRIBUTES),
+            "rows": [*found.tested[:_ATTRIBUTES], *found.described[:_ATTRIBUTES]],
+            "more": sum(max(0, len(rows) - _ATTRIBUTES) for rows in (found.tested, found.described)),
             "found": found,
         }
         for found in bias.comparisons(run, attributes)

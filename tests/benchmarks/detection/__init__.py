@@ -1,0 +1,1 @@
+"""Does it find backdoors, and does removing them work? See __main__.py."""

@@ -1,0 +1,267 @@
+"""One row of the benchmark: plant a backdoor, train on it, scan with the command line, clean, train again, count.
+
+Every stage leaves its result in the row's folder, so that a row that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from cdclean import evaluation, records
+from cdclean.models import Normalized
+from cdclean.verdict import judge
+from tests.benchmarks.detection import data, fitting, neighbours, networks
+from tests.benchmarks.detection.attacks import ATTACKS, TARGET, Site
+from tests.benchmarks.detection.fitting import Recipe
+
+ROOT = Path(__file__).parents[3]
+SCORED = 200  # poisoned samples that the slower objectives are measured on, beside twice as many clean ones
+OBJECTIVES = {
+    "logits, paper": ["--preset", "paper", "--objective", "logits"],
+    "features, paper": ["--preset", "paper", "--objective", "features"],
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is done, all of it drawn from `seed`."""
+
+    attack: str
+    network: str  # factory in networks.py
+    recipe: str  # "modern" or "plain"
+    epochs: int
+    samples: int  # training images
+    rate: float = 0.05
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.attack}-{self.network}-{self.recipe}-{self.epochs}x{self.samples}-{self.rate:g}-{self.seed}"
+
+
+def run(row: Row, work: Path, device: str) -> dict[str, Any]:
+    """All stages of a row; the numbers that the table is made from."""
+    if device == "cpu":
+        torch.set_num_threads(1)  # a process a core, each with a row of its own
+    started = time.monotonic()
+    folder = work / row.name
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe: Recipe = getattr(fitting, row.recipe)(row.epochs)
+    factory = getattr(networks, row.network)
+    poisoned = _plant(row, work, recipe, device)
+    data.write_folder(folder / "train", poisoned.images, poisoned.labels, poisoned.is_backdoor)
+    keys, images, labels = data.read_folder(folder / "train")
+    truth = data.read_truth(folder / "train.csv")
+    is_backdoor = np.array([truth[key] for key in keys])
+
+    victim = _trained(folder / "victim.safetensors", factory, images, labels, recipe, row.seed, device)
+    found: dict[str, Any] = {"row": vars(row), "half": ATTACKS[row.attack].half, "poison": int(is_backdoor.sum())}
+    found["before"] = _attacked(victim, poisoned)
+
+    scan = Scanner(folder, row, device)
+    whole = scan("train", "default", [])
+    found["scores"] = {"default": _measured(whole, folder / "train.csv")}
+    found["auto"] = _filtered(whole, folder, ["--auto"], is_backdoor, keys)
+    dropped = found["auto"]
+    if is_backdoor.any():
+        if dropped["verdict"] != "backdoor":
+            dropped = _filtered(whole, folder, ["--quantile", "0.1"], is_backdoor, keys)
+        found["cleaned"] = {name: dropped[name] for name in ("rule", "poison_dropped", "clean_dropped")}
+        _, kept_images, kept_labels = data.read_folder(folder / "clean")
+        again = _trained(folder / "again.safetensors", factory, kept_images, kept_labels, recipe, row.seed, device)
+        found["after"] = _attacked(again, poisoned)
+        _write_part(folder, keys, is_backdoor, row.seed)
+        for title, flags in OBJECTIVES.items():
+            found["scores"][title] = _measured(scan("part", title.replace(", ", "-"), flags), folder / "train.csv")
+        _write_attacked(folder / "test", poisoned, row.seed)
+        found["scores"]["default, test set"] = _measured(scan("test", "test", []), folder / "test.csv")
+        found["scores"] |= _neighbours(victim, images, labels, is_backdoor, row, whole, keys)
+    else:
+        found["density"] = _quantiles(whole)
+    found["seconds"] = round(time.monotonic() - started)
+    return found
+
+
+# --- Plant and train ---
+
+
+def _plant(row: Row, work: Path, recipe: Recipe, device: str) -> data.Poisoned:
+    images, labels = data.cifar("train50k", row.samples, row.seed)
+
+    def surrogate() -> nn.Module:
+        place = work / f"surrogate-{row.samples}-{row.recipe}-{row.epochs}-{row.seed}.safetensors"
+        return _trained(place, networks.tiny_resnet, images, labels, recipe, row.seed + 1, device)
+
+    site = Site(images, labels, row.rate, row.seed, device, surrogate)
+    return ATTACKS[row.attack].plant(site)
+
+
+def _trained(
+    place: Path,
+    factory: Callable[[], nn.Module],
+    images: data.Pixels,
+    labels: data.Labels,
+    recipe: Recipe,
+    seed: int,
+    device: str,
+) -> nn.Module:
+    """The network whose weights are at `place`, trained now if there are none."""
+    if not place.exists():
+        module = fitting.fit(factory, images, labels, recipe, seed, device)
+        unfinished = place.with_suffix(f".{os.getpid()}")
+        network: Any = module.network
+        save_file({name: value.contiguous().cpu() for name, value in network.state_dict().items()}, unfinished)
+        unfinished.rename(place)
+    network = factory()
+    network.load_state_dict(load_file(place))
+    return Normalized(network, networks.MEAN, networks.STD).to(device).eval().requires_grad_(False)
+
+
+def _attacked(victim: nn.Module, poisoned: data.Poisoned) -> dict[str, float]:
+    """Clean accuracy and attack success on test images: of those the trigger is meant for, whose label it changes."""
+    images, labels = data.cifar("test10k", 2000)
+    meant = np.isin(labels, list(poisoned.sources)) & (poisoned.wanted(labels) != labels)
+    obeyed = fitting.predict(victim, poisoned.stamp(images[meant])) == poisoned.wanted(labels[meant])
+    right = fitting.predict(victim, images) == labels
+    return {"accuracy": float(right.mean()), "attack_success": float(obeyed.mean())}
+
+
+def _write_part(folder: Path, keys: Sequence[str], is_backdoor: data.Mask, seed: int) -> None:
+    generator = np.random.default_rng([seed, 9])
+    chosen = generator.permutation(np.flatnonzero(is_backdoor))[:SCORED]
+    others = generator.permutation(np.flatnonzero(~is_backdoor))[: 2 * SCORED]
+    data.link_folder(folder / "part", folder / "train", [keys[i] for i in sorted([*chosen, *others])])
+
+
+def _write_attacked(folder: Path, poisoned: data.Poisoned, seed: int) -> None:
+    """A test set under attack: SCORED images with the trigger, under the label wanted, and twice as many without."""
+    images, labels = data.cifar("test10k", 6 * SCORED, seed + 1)
+    meant = np.isin(labels, list(poisoned.sources)) & (poisoned.wanted(labels) != labels)
+    chosen = np.flatnonzero(meant)[:SCORED]
+    rest = np.setdiff1d(np.arange(len(labels)), chosen)[: 2 * SCORED]
+    data.write_folder(
+        folder,
+        np.concatenate([poisoned.stamp(images[chosen]), images[rest]]),
+        np.concatenate([poisoned.wanted(labels[chosen]), labels[rest]]),
+        np.arange(len(chosen) + len(rest)) < len(chosen),
+    )
+
+
+# --- Scan and filter, as a user does ---
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`cdclean ARGUMENTS`, from the project's root, so that `--arch` finds the networks here."""
+    return subprocess.run([sys.executable, "-m", "cdclean", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+@dataclass(frozen=True)
+class Scanner:
+    folder: Path
+    row: Row
+    device: str
+
+    def __call__(self, dataset: str, name: str, flags: Sequence[str]) -> Path:
+        """Scan `dataset` of the row's folder with `flags` more; the finished run."""
+        run = self.folder / f"{name}.cdclean"
+        flags = [*flags, "--device", self.device, *(["--engine", "serial"] if self.device == "cpu" else [])]
+        done = command(
+            *("scan", str(self.folder / dataset), "--model", str(self.folder / "victim.safetensors")),
+            *("--arch", f"tests.benchmarks.detection.networks:{self.row.network}", "--input-size", "32"),
+            *("--mean", ",".join(map(str, networks.MEAN)), "--std", ",".join(map(str, networks.STD))),
+            *("--out", str(run), "--thumbnail-size", "0", "--quiet", *flags),
+        )
+        if done.returncode:
+            raise RuntimeError(f"scan ended with {done.returncode}: {done.stderr}")
+        return run
+
+
+def _filtered(
+    run: Path, folder: Path, rule: Sequence[str], is_backdoor: data.Mask, keys: Sequence[str]
+) -> dict[str, Any]:
+    """Write the clean copy by a rule; shares of the poison and of the clean samples that it drops."""
+    done = command("filter", str(run), *rule, "--out", str(folder / "clean"), "--overwrite", "--json")
+    if done.returncode not in (0, 5):
+        raise RuntimeError(f"filter ended with {done.returncode}: {done.stderr}")
+    result: dict[str, Any] = {"rule": " ".join(rule), "verdict": None, "poison_dropped": 0.0, "clean_dropped": 0.0}
+    if rule[0] == "--auto":
+        verdict = judge(run)
+        result |= {"verdict": verdict.outcome, "sentence": verdict.sentence}
+    if done.returncode == 0:
+        table = records.read_columns(run, ["key"])
+        kept = {path.relative_to(folder / "clean").as_posix() for path in (folder / "clean").glob("*/*.png")}
+        assert set(table["key"].to_pylist()) >= kept
+        dropped = np.array([key not in kept for key in keys])
+        if is_backdoor.any():
+            result["poison_dropped"] = float(dropped[is_backdoor].mean())
+        result["clean_dropped"] = float(dropped[~is_backdoor].mean())
+    return result
+
+
+# --- Count ---
+
+
+def _measured(run: Path, truth: Path) -> dict[str, float]:
+    labelled = data.read_truth(truth)
+    table = records.read_columns(run, ["key", "mask_norm", "steps"])
+    is_backdoor = np.array([labelled[key] for key in table["key"].to_pylist()])
+    if not is_backdoor.any():
+        return {}
+    return as_metrics(-table["mask_norm"].to_numpy(), is_backdoor)
+
+
+def as_metrics(score: np.ndarray, is_backdoor: data.Mask) -> dict[str, float]:
+    """Of a score, large = suspicious."""
+    found = evaluation.metrics(score.astype(np.float64), is_backdoor)
+    figures = {"auroc": found.auroc, "ap": found.average_precision, "tpr_at_1_fpr": found.tpr_at_1_fpr}
+    return {name: round(float(value), 4) for name, value in figures.items()}
+
+
+def _quantiles(run: Path) -> dict[str, float]:
+    density = records.read_columns(run, ["mask_density"])["mask_density"].to_numpy()
+    return {f"q{share:g}": round(float(np.quantile(density, share)), 4) for share in (0.001, 0.01, 0.05, 0.5, 0.95)}
+
+
+def _neighbours(
+    victim: nn.Module,
+    images: data.Pixels,
+    labels: data.Labels,
+    is_backdoor: data.Mask,
+    row: Row,
+    run: Path,
+    keys: Sequence[str],
+) -> dict[str, dict[str, float]]:
+    """The other detectors on the same samples, and the mask norm's rank added to that of each one-pass score."""
+    trusted, trusted_labels = data.cifar("test10k", 500, row.seed + 2)
+    device = next(victim.buffers()).device
+    scores = neighbours.scores(
+        victim,
+        fitting.to_tensor(images).to(device),
+        torch.from_numpy(labels),
+        fitting.to_tensor(trusted).to(device),
+        torch.from_numpy(trusted_labels),
+        seed=row.seed,
+    )
+    found = {name: as_metrics(score, is_backdoor) for name, score in scores.items()}
+    table = records.read_columns(run, ["key", "mask_norm"])
+    norms = dict(zip(table["key"].to_pylist(), table["mask_norm"].to_pylist(), strict=True))
+    mask = np.array([-norms[key] for key in keys]).argsort().argsort()
+    for name in ("confidence", "margin"):
+        both = mask + scores[name].argsort().argsort()
+        found[f"mask norm + {name}, ranks"] = as_metrics(both, is_backdoor)
+    return found
+
+
+__all__ = ["TARGET", "Row", "run"]

@@ -1,0 +1,152 @@
+"""The results as a page of Markdown: what was found, what removing it did, false alarms, and where goals are missed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from statistics import mean
+from typing import Any
+
+from tests.benchmarks.detection.attacks import ATTACKS
+
+Row = dict[str, Any]
+FLOOR, BEST, GOAL = 0.90, 0.95, 0.98  # of AUROC: each attack, where cleaning must work, on average
+SCORES = ("default", "logits, paper", "features, paper", "default, test set")
+_METRICS = {"auroc": "AUROC", "ap": "average precision", "tpr_at_1_fpr": "TPR at 1 % FPR"}
+
+
+def markdown(grid: str, rows: Sequence[Row]) -> str:
+    """`rows` as rows.run gives them, with machine, versions and date."""
+    order = {name: number for number, name in enumerate(ATTACKS)}
+    rows = sorted(rows, key=lambda row: order[row["row"]["attack"]])
+    settings = dict.fromkeys(_setting(row) for row in rows)
+    machines = dict.fromkeys(f"{row['machine']}, {row['versions']}, {row['date']}" for row in rows)
+    parts = [f"# Detection, `--{grid}`", "; ".join(machines) + ".", _EXPLAINED.replace("GRID", grid)]
+    for setting in settings:
+        group = [row for row in rows if _setting(row) == setting]
+        attacked, controls = ([row for row in group if (row["half"] == "control") is c] for c in (False, True))
+        parts.append(f"## {setting}")
+        if attacked:
+            parts += [_found(attacked), _removed(attacked), _goals(attacked), _others(attacked)]
+        if controls:
+            parts.append(_alarms(controls))
+    return "\n\n".join(parts) + "\n"
+
+
+_EXPLAINED = (
+    "Each row: `python -m tests.benchmarks.detection --GRID --only ATTACK`. AUROC over the whole training set for the "
+    "default and the one-pass scores, over 200 poisoned and 400 clean samples of it for the published settings, and "
+    "over as many images of a test set under attack. Settings were chosen on the attacks marked *tuning*; the others "
+    "are only reported. An attack that did not take (attack success below 50 %) is marked: what a network has not learned "
+    "it cannot betray."
+)
+
+
+def _setting(row: Row) -> str:
+    about = row["row"]
+    return (
+        f"{about['network']}, {about['recipe']} recipe, {about['epochs']} epochs, {about['samples']:,} images, "
+        f"{about['rate']:.0%} poison"
+    )
+
+
+def _title(row: Row) -> str:
+    took = row["before"]["attack_success"] >= 0.5
+    return ATTACKS[row["row"]["attack"]].title + ("" if took else " (did not take)")
+
+
+def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _found(rows: Sequence[Row]) -> str:
+    """AUROC and the like, by attack and score."""
+    head = ["attack", "", *(f"{name}: {metric}" for name in SCORES[:1] for metric in _METRICS.values()), *SCORES[1:]]
+    body = []
+    for row in rows:
+        scores = row["scores"]
+        first = [f"{scores['default'][metric]:.3f}" for metric in _METRICS]
+        rest = [f"{scores[name]['auroc']:.3f}" if name in scores else "-" for name in SCORES[1:]]
+        body.append([_title(row), row["half"], *first, *rest])
+    for half in ("tuning", "held out"):
+        of = [row for row in rows if row["half"] == half]
+        if of:
+            first = [f"{mean(row['scores']['default'][metric] for row in of):.3f}" for metric in _METRICS]
+            rest = [
+                f"{mean(known):.3f}" if (known := [r["scores"][n]["auroc"] for r in of if n in r["scores"]]) else "-"
+                for n in SCORES[1:]
+            ]
+            body.append([f"**mean of {len(of)}**", half, *first, *rest])
+    return "### What is found (AUROC)\n\n" + _table(head, body)
+
+
+def _removed(rows: Sequence[Row]) -> str:
+    head = ["attack", "verdict of --auto", "poison dropped", "clean dropped", "copy made with", "poison dropped"]
+    head += ["clean dropped", "attack success", "after", "accuracy", "after"]
+    body = []
+    for row in rows:
+        auto, cleaned, before, after = row["auto"], row["cleaned"], row["before"], row["after"]
+        body.append(
+            [
+                _title(row),
+                auto["verdict"],
+                *_shares(auto),
+                f"`{cleaned['rule']}`",
+                *_shares(cleaned),
+                *(f"{state[name]:.1%}" for name in ("attack_success", "accuracy") for state in (before, after)),
+            ]
+        )
+    return "### What removing it does\n\n" + _table(head, body)
+
+
+def _shares(dropped: Row) -> list[str]:
+    return [f"{dropped['poison_dropped']:.1%}", f"{dropped['clean_dropped']:.1%}"]
+
+
+def _goals(rows: Sequence[Row]) -> str:
+    took = [row for row in rows if row["before"]["attack_success"] >= 0.5]
+    if not took:
+        return "No attack took."
+    auroc = {_title(row): row["scores"]["default"]["auroc"] for row in took}
+    below = [f"{name} {value:.3f}" for name, value in auroc.items() if value < FLOOR]
+    found = mean(row["scores"]["default"]["tpr_at_1_fpr"] for row in took)
+    left = [
+        f"{_title(row)} {row['after']['attack_success']:.1%}"
+        for row in took
+        if row["scores"]["default"]["auroc"] >= BEST and row["after"]["attack_success"] > 0.02
+    ]
+    lines = [
+        f"- mean AUROC {mean(auroc.values()):.3f} over the {len(took)} attacks that took (goal {GOAL})",
+        f"- below {FLOOR}: {', '.join(below) or 'none'} (goal: none)",
+        f"- mean TPR at 1 % FPR {found:.3f} (goal 0.85)",
+        f"- attack success above 2 % after cleaning, where AUROC is {BEST} or more: {', '.join(left) or 'none'}",
+    ]
+    return "### Goals\n\n" + "\n".join(lines)
+
+
+def _others(rows: Sequence[Row]) -> str:
+    names = [name for name in rows[0]["scores"] if name not in SCORES]
+    head = ["attack", "mask norm", *names]
+    body = [
+        [_title(row), *(f"{row['scores'][name]['auroc']:.3f}" for name in ("default", *names))]
+        for row in rows
+        if set(names) <= set(row["scores"])
+    ]
+    if body:
+        columns = list(zip(*(line[1:] for line in body), strict=True))
+        body.append(["**mean**", *(f"{mean(map(float, column)):.3f}" for column in columns)])
+    return "### Neighbours on the same samples (AUROC)\n\n" + _table(head, body)
+
+
+def _alarms(rows: Sequence[Row]) -> str:
+    head = ["clean data", "verdict of --auto", "dropped", "mask density: 0.1 %", "1 %", "5 %", "half", "95 %"]
+    body = [
+        [
+            ATTACKS[row["row"]["attack"]].title,
+            row["auto"]["verdict"],
+            f"{row['auto']['clean_dropped']:.1%}",
+            *(f"{value:.3f}" for value in row["density"].values()),
+        ]
+        for row in rows
+    ]
+    return "### False alarms\n\n" + _table(head, body)
