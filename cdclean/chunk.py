@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 from cdclean import records, schema, storage
-from cdclean.config import DistillConfig, ModelSpec
+from cdclean.config import DistillConfig, ModelSpec, Objective, Precision
 from cdclean.datasets import is_there
 from cdclean.datasets.reading import contents
-from cdclean.distillation import Distilled, distill, sample_seed
+from cdclean.distillation import Distilled, distill
 from cdclean.engines import Task
 from cdclean.errors import IncompleteError, SampleError, Status
+from cdclean.folding import fold
 from cdclean.images import MAX_BYTES, Decoded, decode, make_transform, thumbnail
 from cdclean.manifest import Job, read_chunk
 from cdclean.memory import is_out_of_memory, release, room_on
@@ -74,7 +75,7 @@ class ChunkWorker:
         wanted = [index for index in range(first, last) if "status" not in rows[index]]
         progress(len(rows) - len(wanted) if task.rows is None else 0)
         if task.rows == (0, 0):
-            classifier_on(self.model, self.device, self.distill.precision)
+            classifier_on(self.model, self.device, self.distill.precision, self.distill.objective)
         if wanted:
             self._score(samples, rows, wanted, progress)
             self._require_dataset([rows[i] for i in wanted if samples[i].problem is None])
@@ -90,15 +91,14 @@ class ChunkWorker:
         progress: Callable[[int], object],
     ) -> None:
         """Fill in the rows whose numbers are `wanted`."""
-        classifier = classifier_on(self.model, self.device, self.distill.precision)
+        classifier = classifier_on(self.model, self.device, self.distill.precision, self.distill.objective)
         progress(0)
         size = self.distill.batch_size or 1
         with ThreadPoolExecutor(DECODE_THREADS) as pool:
             for batch in _micro_batches(samples, rows, wanted, classifier, size, pool, progress):
                 indices, pixels = zip(*batch, strict=True)
-                hashes = [rows[i]["content_hash"] for i in indices]
                 done = 0
-                for count, columns in _distil_what_fits(classifier, pixels, hashes, self, pool):
+                for count, columns in _distil_what_fits(classifier, pixels, self, pool):
                     for i, found in zip(indices[done : done + count], columns, strict=True):
                         rows[i] |= found
                     done += count
@@ -158,11 +158,21 @@ def write_part(run: Location, chunk: int, rows: list[dict[str, Any]]) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def classifier_on(spec: ModelSpec, device: str, precision: str) -> Classifier:
-    """The model on its device, loaded once a process; channels last, as convolutions like it on every device."""
+def classifier_on(spec: ModelSpec, device: str, precision: Precision, objective: Objective) -> Classifier:
+    """The model on its device, loaded once a process; channels last, as convolutions like it on every device.
+
+    Its batch normalisations are folded, but for `features`: what a layer puts out is compared as the network has it.
+    """
+    if device == "cpu":
+        torch.set_num_threads(1)
     classifier = load(spec)
-    module = classifier.module.to(device).to(memory_format=torch.channels_last)
-    return replace(classifier, module=module.double() if precision == "fp64" else module)
+    geometry = classifier.geometry
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+    module = classifier.module.to(dtype)
+    if objective != "features":  # on the CPU, whose sums are rounded least
+        module = fold(module, torch.empty(1, geometry.channels, geometry.height, geometry.width, dtype=dtype))
+    module = module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return replace(classifier, module=module)
 
 
 # --- read -> decode ---
@@ -242,7 +252,6 @@ def _read(
 def _distil_what_fits(
     classifier: Classifier,
     pixels: tuple[Tensor, ...],
-    hashes: list[str],
     worker: ChunkWorker,
     pool: ThreadPoolExecutor,
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
@@ -253,9 +262,7 @@ def _distil_what_fits(
         part = slice(start, start + room.size)
         config = replace(worker.distill, batch_size=room.size)
         try:
-            distilled, columns = distil_pixels(
-                classifier, torch.stack(pixels[part]), hashes[part], config, worker.device
-            )
+            distilled, columns = distil_pixels(classifier, torch.stack(pixels[part]), config, worker.device)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -276,11 +283,11 @@ def _distil_what_fits(
 
 
 def distil_pixels(
-    classifier: Classifier, pixels: Tensor, hashes: list[str], config: DistillConfig, device: str
+    classifier: Classifier, pixels: Tensor, config: DistillConfig, device: str
 ) -> tuple[Distilled, list[dict[str, Any]]]:
     """Distil one micro-batch of uint8 pixels [B, C, H, W]: the masks, and the columns of the records for each.
 
-    `hashes`, of the encoded images, seed the colours. On a CPU an operation has one thread, for their number changes
+    On a CPU an operation has one thread, for their number changes
     how sums round; more cores are for more processes. What is not finite in half precision is tried again in fp32;
     what is not finite then has the status crashed.
     """
@@ -288,10 +295,9 @@ def distil_pixels(
         torch.set_num_threads(1)
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
     images = (pixels.to(device).to(dtype) / 255).contiguous(memory_format=torch.channels_last)
-    seeds = [sample_seed(config.seed, content_hash) for content_hash in hashes]
-    distilled = distill(classifier.module, images, config, seeds=seeds)
+    distilled = distill(classifier.module, images, config)
     if config.precision in ("bf16", "fp16") and not _finite(distilled).all():
-        again = distill(classifier.module, images, replace(config, precision="fp32"), seeds=seeds)
+        again = distill(classifier.module, images, replace(config, precision="fp32"))
         distilled = _merge(distilled, again, ~_finite(distilled))
     return distilled, list(_scores(distilled, config, classifier.classes))
 

@@ -72,11 +72,9 @@ class DistillConfig:
     betas: tuple[float, float] = (0.1, 0.1)  # of Adam
     area_cost: float | None = None  # price of a full mask, in the objective's unit; None: AREA_COST
     pixel_cost: float = 0.0  # price of one pixel: the paper's, whose sum grows with the image
-    smoothness: float = 1.0  # weight of the total variation of the mask's cells
+    smoothness: float = 2.0  # weight of the total variation of the mask's cells
     grid: int | None = 16  # cells a side that the mask is made of; None: one a pixel, as in the paper
-    averaged: float = (
-        1 / 3
-    )  # share of the steps, the last ones, whose masks are averaged; 0: the last mask, the paper's
+    averaged: float = 0.33  # share of the steps, the last ones, whose masks are averaged; 0: the last mask alone
     temperature: float = 1.0  # softens both outputs; `probabilities` alone
     relative: bool = True  # `logits`, `features`: distances in units of the reference's own spread
     head: Head = "auto"  # what the model's output means

@@ -9,8 +9,8 @@ masked-out part painted in a colour drawn anew at every step. The mask is what m
 
 A backdoored image needs its trigger and nothing else, so its mask is suspiciously small.
 
-The mask has one value a pixel in the paper, and one a cell of `config.grid` by `config.grid` cells here: so it costs the
-same at every image size, and cannot hide in single pixels as adversarial noise does.
+The mask has one value a pixel in the paper, and one a cell of `config.grid` by `config.grid` cells here: so it costs
+the same at every image size, and cannot hide in single pixels as adversarial noise does.
 
 Read on from top to bottom: what comes back, the public function, the loop, the distances, the fills. How a model is
 asked, and what its answer means, stands in answers.py.
@@ -18,7 +18,6 @@ asked, and what its answer means, stands in answers.py.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -169,21 +168,17 @@ def total_variation(mask: Tensor) -> Tensor:
 
 
 # --- Fills: the colours that paint over what is masked out ---
-
-
-def sample_seed(seed: int, content_hash: str) -> int:
-    """The seed of one image: from the run's seed and the image's bytes alone.
-
-    So it depends neither on the image's place in a run, nor on what it is called or how the dataset is packed.
-    """
-    return int.from_bytes(hashlib.sha256(f"{seed}\0{content_hash}".encode()).digest()[:7], "big")
+#
+# By default all images get the same colours, from the run's seed alone: so a score depends neither on an image's place
+# in a run nor on its name, and images are compared under the same conditions, which ranks them more steadily than
+# colours of their own (tests/benchmarks/results/objectives.md).
 
 
 def draw_noise(seeds: Tensor | list[int], steps: int, channels: int) -> Tensor:
     """Uniform colours in [0, 1), float32 [B, steps, channels] on the CPU, row i drawn from seed i alone."""
     drawn = torch.empty(len(seeds), steps, channels)
     for row, seed in zip(drawn, seeds, strict=True):
-        torch.rand(steps, channels, generator=torch.Generator().manual_seed(int(seed)), out=row)
+        torch.rand(steps, channels, generator=torch.Generator().manual_seed(int(seed) % 2**63), out=row)
     return drawn
 
 

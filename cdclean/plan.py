@@ -159,13 +159,14 @@ def resolve(settings: ScanConfig) -> tuple[Classifier, DistillConfig, str]:
 
     from cdclean.answers import find_layer, recognise_head
     from cdclean.chunk import classifier_on
+    from cdclean.models import computes_in_bf16
 
     device = resolve_devices(settings)[0]
     kind = device.split(":")[0]
     precision = settings.distill.precision
     if precision == "auto":
-        precision = "bf16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    classifier = classifier_on(settings.model, device, precision)
+        precision = "bf16" if computes_in_bf16(kind) else "fp32"
+    classifier = classifier_on(settings.model, device, precision, settings.distill.objective)
     geometry = classifier.geometry
     dtype = torch.float64 if precision == "fp64" else torch.float32
     like = torch.zeros(1, geometry.channels, geometry.height, geometry.width, device=device, dtype=dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,8 +70,7 @@ def show(
     for start in range(0, len(decoded), size):
         pixels = torch.stack(decoded[start : start + size])
         part = keys[start : start + len(pixels)]
-        hashes = [hashlib.sha256(data).hexdigest() for _, data in named[start : start + len(pixels)]]
-        distilled, scores = distil_pixels(classifier, pixels, hashes, config, device)
+        distilled, scores = distil_pixels(classifier, pixels, config, device)
         for key, image, mask, score in zip(part, pixels, distilled.masks.cpu(), scores, strict=True):
             if "mask_norm" not in score:
                 raise DatasetError(f"{key}: {score['error']}")

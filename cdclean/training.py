@@ -30,7 +30,7 @@ from cdclean.config import Geometry, ModelSpec
 from cdclean.console import Console, duration
 from cdclean.errors import ChangedRunError, DatasetError, ModelError, OutputError, UsageError
 from cdclean.examples import CACHE_BYTES, Examples, Loader, flip_crop, list_examples
-from cdclean.models import Classifier, Normalized, resolve_device
+from cdclean.models import Classifier, Normalized, computes_in_bf16, resolve_device
 
 Optimizer = Literal["adamw", "sgd"]
 Augment = Literal["none", "flip-crop"]
@@ -308,12 +308,7 @@ def _resolve_precision(precision: str, device: str) -> str:
     """`auto` is bf16 where the hardware computes in it, which takes down training time by a third or more."""
     if precision != "auto":
         return precision
-    kind = device.split(":")[0]
-    if kind == "cpu":
-        helps = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    else:
-        helps = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16" if helps else "fp32"
+    return "bf16" if computes_in_bf16(device.split(":")[0]) else "fp32"
 
 
 # --- Files ---

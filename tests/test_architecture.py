@@ -42,12 +42,24 @@ ROOMS: dict[str, set[str]] = {
     "answers": {"config", "errors"},
     "distillation": {"answers", "config", "errors"},
     "memory": {"config", "distillation"},
+    "folding": {"answers"},
     "images": {"config", "errors"},
     "checkpoints": {"config", "errors", "storage"},
     "networks": {"answers", "checkpoints", "config", "errors", "storage"},
     "models": {"answers", "checkpoints", "config", "errors", "networks", "storage"},
     "engines": {"config", "errors"},
-    "chunk": {"config", "datasets", "distillation", "engines", "errors", "images", "manifest", "memory", "models"}
+    "chunk": {
+        "config",
+        "datasets",
+        "distillation",
+        "engines",
+        "errors",
+        "folding",
+        "images",
+        "manifest",
+        "memory",
+        "models",
+    }
     | {"records", "schema", "storage"},
     "summary": {"console", "errors", "events", "records", "schema", "storage"},
     "plan": {"answers", "checkpoints", "chunk", "config", "console", "datasets", "errors", "extension", "memory"}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cdclean.answers import find_layer, find_layer_by_name, recognise_head
 from cdclean.config import DistillConfig, paper
-from cdclean.distillation import Distilled, distill, draw_noise, sample_seed, total_variation
+from cdclean.distillation import Distilled, distill, draw_noise, total_variation
 from cdclean.errors import ModelError, UsageError
 from tests.networks import resnet20
 
@@ -167,7 +167,7 @@ def test_float64_equals_the_published_loop_in_float64(golden: Any, objective: st
 def test_bitwise_the_same_for_any_order_and_neighbours(name: str, order: list[int], count: int) -> None:
     model, images = tiny(name), pictures(7)
     config = DistillConfig(steps=4, batch_size=4)
-    seeds = [sample_seed(0, str(i)) for i in range(7)]
+    seeds = list(range(7))
     whole = distill(model, images, config, seeds=seeds)
     chosen = order[:count]
     part = distill(model, images[chosen], config, seeds=[seeds[i] for i in chosen])
@@ -187,15 +187,21 @@ def test_float64_is_the_same_at_any_batch_size(name: str) -> None:
         assert torch.allclose(norm, norms[0], rtol=0, atol=1e-9 * SIZE * SIZE)
 
 
-def test_a_seed_belongs_to_its_key() -> None:
-    assert sample_seed(0, "cat/1.png") == sample_seed(0, "cat/1.png")
-    assert len({sample_seed(seed, key) for seed in range(5) for key in "abc"}) == 15
-    assert 0 <= sample_seed(2**70, "ключ\n") < 2**63
-
-
 def test_noise_of_an_image_depends_on_its_seed_alone() -> None:
     assert torch.equal(draw_noise([3, 4, 5], 6, 3)[1], draw_noise([4], 6, 3)[0])
     assert not torch.equal(draw_noise([3], 6, 3), draw_noise([4], 6, 3))
+    assert draw_noise([2**70], 6, 3).isfinite().all()
+
+
+def test_images_share_their_colours_unless_they_have_seeds() -> None:
+    model, images = tiny("test_resnet"), pictures(1)
+    twice = images.expand(2, -1, -1, -1)
+    config = DistillConfig(objective="logits", steps=12)
+    found = distill(model, twice, config).divergence
+    assert found[0] == found[1]
+    apart = distill(model, twice, config, seeds=[0, 1]).divergence
+    assert apart[0] == found[0]
+    assert apart[1] != found[1]
 
 
 # --- what comes back ---

@@ -70,19 +70,23 @@ def load(name: str) -> nn.Module:
     return network.eval()
 
 
-def measure(count: int) -> list[dict[str, object]]:
+def samples(name: str, count: int) -> tuple[Tensor, np.ndarray]:
+    """`count` test images with the trigger of network `name` and twice as many without; which is which [n]."""
     table = pq.read_table(SHARED / "data" / "cifar10-lossless-test1k.parquet")
     everything = torch.from_numpy(np.stack([picture(data) for data in table["image"].to_pylist()]))
     pixels = everything.permute(0, 3, 1, 2).float() / 255
     labels = np.array(table["label"].to_pylist())
+    order = np.random.default_rng(0).permutation(len(labels))
+    poisoned = [index for index in order if labels[index] != NETWORKS[name][1]][:count]
+    clean = [index for index in order if index not in set(poisoned)][: 2 * count]
+    return torch.cat([stamped(pixels[poisoned], name), pixels[clean]]), np.arange(3 * count) < count
+
+
+def measure(count: int) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
-    for name, (file, target) in NETWORKS.items():
+    for name, (file, _) in NETWORKS.items():
         network = load(file)
-        order = np.random.default_rng(0).permutation(len(labels))
-        poisoned = [index for index in order if labels[index] != target][:count]
-        clean = [index for index in order if index not in set(poisoned)][: 2 * count]
-        images = torch.cat([stamped(pixels[poisoned], name), pixels[clean]])
-        truth = np.arange(3 * count) < count
+        images, truth = samples(name, count)
         with torch.no_grad():
             confidence = network(images).softmax(1).amax(1).numpy()
         floor = metrics(confidence.astype(float), truth)

@@ -49,8 +49,7 @@ from cdclean.models import load
 from tests.benchmarks.detection import networks
 
 ROOT = Path(__file__).parents[2]
-PUBLISHED_STEPS, PUBLISHED_BATCH = 100, 128
-STEPS = DistillConfig().steps
+PUBLISHED_STEPS, PUBLISHED_BATCH, STEPS = 100, 128, DistillConfig().steps
 Figures = dict[str, Any]
 
 
@@ -167,7 +166,7 @@ def run_scan(data: str, model: list[Any], out: str, steps: int, device: str, **s
 def run_loop(model: list[Any], threads: int, batches: int, steps: int) -> Figures:
     """Distillation alone, on noise, with so many threads an operation."""
     torch.set_num_threads(threads)
-    classifier = classifier_on(spec(*model), "cpu", "fp32")
+    classifier = classifier_on(spec(*model), "cpu", "fp32", "probabilities")
     config, images = _noise(classifier, "cpu", steps)
     distill(classifier.module, images, replace(config, steps=1))
     began = time.time()
@@ -181,7 +180,7 @@ def run_device(model: list[Any], device: str) -> Figures:
 
     A kernel's time is taken from a profiled run, the whole time from one without the profiler.
     """
-    classifier = classifier_on(spec(*model), device, "bf16")
+    classifier = classifier_on(spec(*model), device, "bf16", "probabilities")
     config, images = _noise(classifier, device, STEPS)
     with FlopCounterMode(display=False) as counter:
         distill(classifier.module, images, config)
@@ -210,9 +209,9 @@ def run_device(model: list[Any], device: str) -> Figures:
 
 def _noise(classifier: Any, device: str, steps: int) -> tuple[DistillConfig, Tensor]:
     """The settings a scan would have, and one micro-batch."""
-    geometry, size = classifier.geometry, batch_size(classifier.geometry, device.split(":")[0])
-    images = torch.rand(size, geometry.channels, geometry.height, geometry.width, device=device)
-    precision: Any = "fp32" if device == "cpu" else "bf16"
+    shape = classifier.geometry
+    size, precision = batch_size(shape, device.split(":")[0]), "fp32" if device == "cpu" else "bf16"
+    images = torch.rand(size, shape.channels, shape.height, shape.width, device=device)
     config = DistillConfig(steps=steps, batch_size=size, head="softmax", precision=precision)
     return config, images.contiguous(memory_format=torch.channels_last)
 

@@ -133,12 +133,12 @@ def markdown(attacks: list[dict[str, Any]], about: dict[str, str]) -> str:
     lines = [
         "# Objectives and budgets",
         f"{about['machine']}, {about['versions']}, {about['date']}. `python -m tests.benchmarks.detection.objectives`.",
-        f"AUROC of -mask norm on {POISONED} poisoned and {CLEAN} clean training images of each attack, mean of two seeds "
-        "of the colours. Chosen on the attacks marked *tuning*. Left out, since the network does not give half of the "
-        f"poisoned training images their label: {', '.join(left) or 'none'}.",
+        f"AUROC of -mask norm on {POISONED} poisoned and {CLEAN} clean training images of each attack, mean of two "
+        "seeds of the colours. Chosen on the attacks marked *tuning*. Left out, since the network does not "
+        f"give half of the poisoned training images their label: {', '.join(left) or 'none'}.",
         "\n".join(_objectives(took)),
         "## AUROC against the budget",
-        "Cost: CPU seconds of one core for 1,000 images of 32 px (0.3 million parameters; fp32 but for what says bf16).",
+        "Cost: CPU seconds of one core for 1,000 images of 32 px (0.3 million parameters; fp32 unless it says bf16).",
         "\n".join(_budget(took)),
     ]
     return "\n\n".join(lines) + "\n"

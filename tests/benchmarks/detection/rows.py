@@ -27,7 +27,7 @@ from tests.benchmarks.detection.attacks import ATTACKS, TARGET, Site
 from tests.benchmarks.detection.fitting import Recipe
 
 ROOT = Path(__file__).parents[3]
-SCORED = 200  # poisoned samples that the slower objectives are measured on, beside twice as many clean ones
+SCORED = 100  # poisoned samples that the slower objectives are measured on, beside twice as many clean ones
 OBJECTIVES = {
     "logits, paper": ["--preset", "paper", "--objective", "logits"],
     "features, paper": ["--preset", "paper", "--objective", "features"],

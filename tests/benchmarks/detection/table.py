@@ -34,10 +34,10 @@ def markdown(grid: str, rows: Sequence[Row]) -> str:
 
 _EXPLAINED = (
     "Each row: `python -m tests.benchmarks.detection --GRID --only ATTACK`. AUROC over the whole training set for the "
-    "default and the one-pass scores, over 200 poisoned and 400 clean samples of it for the published settings, and "
+    "default and the one-pass scores, over 100 poisoned and 200 clean samples of it for the published settings, and "
     "over as many images of a test set under attack. Settings were chosen on the attacks marked *tuning*; the others "
-    "are only reported. An attack that did not take (attack success below 50 %) is marked: what a network has not learned "
-    "it cannot betray."
+    "are only reported. An attack that did not take (attack success below 50 %) is marked: what a network has not "
+    "learned it cannot betray."
 )
 
 
