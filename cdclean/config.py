@@ -62,8 +62,9 @@ class ModelSpec:
 class DistillConfig:
     """How a mask is found; see distillation.py, which says what each value does.
 
-    The defaults are ours; `paper(objective)` gives the published ones. 30 steps: on two public backdoored networks 15
-    find less and 60 no more (tests/benchmarks/results/public-networks.md).
+    The defaults are ours; `paper(objective)` gives the published ones. Cells of 16 x 16 find more than single pixels
+    do, and coarser ones miss small triggers that lie across their borders. 30 steps find more than 15; 60 find more yet
+    and are the preset `thorough` (tests/benchmarks/results/objectives.md).
     """
 
     objective: Objective = "probabilities"

@@ -1,10 +1,10 @@
 """Which objective, budget and mask are the default, and why: every variant on the same samples of the same networks.
 
-    python -m tests.benchmarks.detection.objectives [--work FOLDER] [--only VARIANT]
+    python -m tests.benchmarks.detection.objectives [--work FOLDER] [--jobs N]
 
 after `--cpu`, whose networks and datasets it takes (those of the 0.3 million parameters). On each attack that took, 50
 poisoned and 100 clean samples of the training set. The choice was made on the attacks marked *tuning*; the others are
-reported. Writes results/objectives.json and .md: variants by AUROC, and the curve of AUROC over images x steps.
+reported. Adds what is missing to results/objectives.json and writes .md: variants by AUROC, and AUROC against the cost.
 """
 
 from __future__ import annotations
@@ -39,40 +39,45 @@ from tests.benchmarks.detection.attacks import ATTACKS
 from tests.benchmarks.detection.rows import Row, as_metrics
 
 POISONED, CLEAN = 50, 100
-OWN_COLOURS = "colours of an image's own"
-_DEFAULT = DistillConfig()
+FLOOR = "margin, one pass (floor)"
+DEFAULT, OWN_COLOURS = "probabilities, default: 16 x 16 cells, 3 nats, 30 steps", "colours of an image's own"
+_BASE = DistillConfig(precision="fp32")
 
 # The published settings stand in the table of the detection benchmark, on the same networks.
 VARIANTS: dict[str, DistillConfig] = {
-    "probabilities (default)": _DEFAULT,
-    "logits": DistillConfig(objective="logits"),
-    "features": DistillConfig(objective="features"),
-    "a mask value a pixel, the last mask": replace(_DEFAULT, grid=None, averaged=0.0),
-    "a mask value a pixel": replace(_DEFAULT, grid=None),
-    OWN_COLOURS: _DEFAULT,
-    "8 x 8 cells": replace(_DEFAULT, grid=8),
-    "full mask costs 1.5 nats": replace(_DEFAULT, area_cost=1.5),
-    "full mask costs 6 nats": replace(_DEFAULT, area_cost=6.0),
-    "temperature 1.5": replace(_DEFAULT, temperature=1.5),
-    "bf16": replace(_DEFAULT, precision="bf16"),
-    "fast": preset("fast"),
-    "thorough": preset("thorough"),
+    DEFAULT: _BASE,
+    "default in bf16": replace(_BASE, precision="bf16"),
+    "fast: 15 steps": replace(preset("fast"), precision="fp32"),
+    "thorough: 60 steps": replace(preset("thorough"), precision="fp32"),
+    "logits": DistillConfig("logits", precision="fp32"),
+    "features": DistillConfig("features", precision="fp32"),
+    "a value a pixel": replace(_BASE, grid=None),
+    "a value a pixel, the last mask": replace(_BASE, grid=None, averaged=0.0),
+    "8 x 8 cells": replace(_BASE, grid=8),
+    "1.5 nats": replace(_BASE, area_cost=1.5),
+    "6 nats": replace(_BASE, area_cost=6.0),
+    "temperature 1.5": replace(_BASE, temperature=1.5),
+    OWN_COLOURS: _BASE,
 }
+BUDGETS = ("fast: 15 steps", DEFAULT, "default in bf16", "thorough: 60 steps")
 
 
-def measure(row: Row, work: Path, variants: dict[str, DistillConfig]) -> dict[str, Any] | None:
-    """Of one attack: the figures of every variant; None where the row has no network yet."""
+def measure(row: Row, work: Path, known: dict[str, Any]) -> dict[str, Any]:
+    """Of one attack: the figures of every variant, those that are not `known` measured now."""
     torch.set_num_threads(1)
     folder = work / row.name
-    if not (folder / "victim.safetensors").exists() or not (folder / "train.csv").exists():
-        return None
-    keys, images, labels = data.read_folder(folder / "train")
+    found: dict[str, Any] = {title: known[title] for title in (FLOOR, *VARIANTS) if title in known}
+    success = json.loads((folder / "before.json").read_text())["attack_success"]
+    about = {"attack": row.attack, "half": ATTACKS[row.attack].half, "attack_success": success}
+    missing = {title: of for title, of in VARIANTS.items() if title not in found}
+    if success < 0.5 or not missing:
+        return about | {"scores": found}
+    keys, images, _ = data.read_folder(folder / "train")
     truth = data.read_truth(folder / "train.csv")
     is_backdoor = np.array([truth[key] for key in keys])
     network = getattr(networks, row.network)()
     network.load_state_dict(load_file(folder / "victim.safetensors"))
     victim = Normalized(network, networks.MEAN, networks.STD).eval().requires_grad_(False)
-    obeyed = float((fitting.predict(victim, images[is_backdoor]) == labels[is_backdoor]).mean())
     generator = np.random.default_rng(5)
     chosen = np.concatenate(
         [generator.permutation(np.flatnonzero(of))[:n] for of, n in ((is_backdoor, POISONED), (~is_backdoor, CLEAN))]
@@ -82,8 +87,8 @@ def measure(row: Row, work: Path, variants: dict[str, DistillConfig]) -> dict[st
     with torch.no_grad():
         top = victim(pixels).topk(2, 1).values
     margin = (top[:, 0] - top[:, 1]).numpy()
-    found: dict[str, Any] = {"margin, one pass (floor)": as_metrics(margin, shown)}
-    for title, variant in variants.items():
+    found[FLOOR] = as_metrics(margin, shown)
+    for title, variant in missing.items():
         started = time.process_time()
         first, second = (
             distill(
@@ -101,40 +106,41 @@ def measure(row: Row, work: Path, variants: dict[str, DistillConfig]) -> dict[st
             "cpu_seconds": round((time.process_time() - started) / 2, 2),
             "steps": variant.steps,
         }
-    return {"attack": row.attack, "half": ATTACKS[row.attack].half, "learned": obeyed, "scores": found}
+    order = [title for title in (FLOOR, *VARIANTS) if title in found]
+    return about | {"scores": {title: found[title] for title in order}}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "cdclean-detection")
-    parser.add_argument("--only", help="one variant, printed and not written")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
-    chosen = {name: of for name, of in VARIANTS.items() if arguments.only in (None, name)}
+    place = RESULTS / "objectives.json"
+    earlier = json.loads(place.read_text())["attacks"] if place.exists() else []
+    known = {each["attack"]: each["scores"] for each in earlier}
     rows = [row for row in GRIDS["cpu"]() if row.network == "tiny_resnet" and ATTACKS[row.attack].half != "control"]
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
-        futures = [pool.submit(measure, row, arguments.work, chosen) for row in rows]
-        found = [result for future in futures if (result := future.result()) is not None]
+    rows = [row for row in rows if (arguments.work / row.name / "before.json").exists()]
+    with ProcessPoolExecutor(arguments.jobs, get_context("spawn")) as pool:
+        futures = [pool.submit(measure, row, arguments.work, known.get(row.attack, {})) for row in rows]
+        found = [future.result() for future in futures]
     about = {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{platform.machine()} CPU, {os.cpu_count()} cores",
         "versions": f"torch {torch.__version__}, Python {platform.python_version()}",
     }
-    if arguments.only:
-        print(json.dumps(found, indent=2))
-        return
-    storage.write_json(RESULTS / "objectives.json", about | {"attacks": found})
+    storage.write_json(place, about | {"attacks": found})
     (RESULTS / "objectives.md").write_text(markdown(found, about))
 
 
 def markdown(attacks: list[dict[str, Any]], about: dict[str, str]) -> str:
-    took = [each for each in attacks if each["learned"] >= 0.5]
-    left = [ATTACKS[each["attack"]].title for each in attacks if each["learned"] < 0.5]
+    took = [each for each in attacks if each["attack_success"] >= 0.5]
+    left = [ATTACKS[each["attack"]].title for each in attacks if each["attack_success"] < 0.5]
     lines = [
         "# Objectives and budgets",
         f"{about['machine']}, {about['versions']}, {about['date']}. `python -m tests.benchmarks.detection.objectives`.",
         f"AUROC of -mask norm on {POISONED} poisoned and {CLEAN} clean training images of each attack, mean of two "
-        "seeds of the colours. Chosen on the attacks marked *tuning*. Left out, since the network does not "
-        f"give half of the poisoned training images their label: {', '.join(left) or 'none'}.",
+        "seeds of the colours. Chosen on the attacks marked *tuning*. Left out, since they did not take "
+        f"(attack success below 50 %): {', '.join(left) or 'none'}.",
         "\n".join(_objectives(took)),
         "## AUROC against the budget",
         "Cost: CPU seconds of one core for 1,000 images of 32 px (0.3 million parameters; fp32 unless it says bf16).",
@@ -164,7 +170,7 @@ def _objectives(took: list[dict[str, Any]]) -> Iterator[str]:
 def _budget(took: list[dict[str, Any]]) -> Iterator[str]:
     yield "| variant | steps | mean AUROC | mean TPR at 1 % FPR | two seeds | cost |"
     yield "|---|---|---|---|---|---|"
-    for title in ("fast", "probabilities (default)", "bf16", "thorough"):
+    for title in BUDGETS:
         of = [each["scores"][title] for each in took]
         cost = 1000 / (POISONED + CLEAN) * mean(score["cpu_seconds"] for score in of)
         auroc = mean((score["auroc"] + score["second_seed"]) / 2 for score in of)

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from cdclean import evaluation, records
+from cdclean import evaluation, records, storage
 from cdclean.models import Normalized
 from cdclean.verdict import judge
 from tests.benchmarks.detection import data, fitting, neighbours, networks
@@ -69,6 +69,7 @@ def run(row: Row, work: Path, device: str) -> dict[str, Any]:
     victim = _trained(folder / "victim.safetensors", factory, images, labels, recipe, row.seed, device)
     found: dict[str, Any] = {"row": vars(row), "half": ATTACKS[row.attack].half, "poison": int(is_backdoor.sum())}
     found["before"] = _attacked(victim, poisoned)
+    storage.write_json(folder / "before.json", found["before"])
 
     scan = Scanner(folder, row, device)
     whole = scan("train", "default", [])
