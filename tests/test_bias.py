@@ -345,7 +345,7 @@ def test_nothing_found_is_said_as_such(tmp_path: Path) -> None:
     )
     table = write_csv(tmp_path / "a.csv", {"key": keys(), "tone": ["light", "light", "dark", "dark"] * (N // 4)})
     assert bias.sentence(analyse(run, table)) == (
-        "None of 2 attribute values is over- or under-represented among the small masks."
+        "None of 2 attribute values is clearly over- or under-represented among the small masks."
     )
     tiny = make_run(tmp_path / "tiny", np.arange(10))
     assert bias.table(analyse(tiny)).startswith("No attribute value could be tested.\n")

@@ -65,12 +65,37 @@ def test_what_goes_with_a_class_may_be_significant_in_the_whole_run(tmp_path: Pa
     assert "can be significant for that alone" in whole.caveat
 
 
-def test_within_the_prediction_the_class_is_tested(tmp_path: Path) -> None:
+def test_within_the_prediction_the_class_is_described_too(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     taken = np.arange(N) % 8 == 0  # cats that are taken for dogs, and have the smallest masks
     predictions = ((np.arange(N) % 2 == 1) | taken).astype(int)
     run = make_run(tmp_path, np.where(taken, 10, 100) + generator.random(N), predictions.tolist())
     found = analyse(run, within="prediction")
     assert (found.rows[0].attribute, found.rows[0].value, found.rows[0].within) == ("class", "cat", "dog")
-    assert found.tested == found.rows
-    assert bias.sentence(found).endswith("2 are significant. Classes differ in that without any shortcut.")
+    assert found.described == found.rows
+    assert not found.significant
+
+
+def test_a_sure_but_small_effect_is_not_significant() -> None:
+    """20 % of the small masks and 14.9 % of the others: an odds ratio of 1.4, far beyond chance in 20,000 samples."""
+    counts = [np.array([number]) for number in (20_000, 2000, 3082, 400)]
+    (p_value,) = bias.two_sided(*counts)
+    effect, low, _ = (float(value[0]) for value in bias.odds_ratio(*counts))
+    assert p_value < 1e-6
+    assert 1 < low < effect < bias.LEAST_EFFECT
+
+
+def test_what_counts_is_the_end_of_the_interval_that_is_nearer_to_one(tmp_path: Path) -> None:
+    run = make_run(tmp_path, np.arange(N) + 1.0)  # the first 40 are the smallest
+
+    def found(observed: int) -> bias.Enrichment:
+        marked = [*["yes"] * observed, *["no"] * (40 - observed), *["yes", "no", "no", "no"] * 90]
+        return row(analyse(run, write_csv(tmp_path / "a.csv", {"key": keys(), "mark": marked})), "mark", "yes")
+
+    weak, strong = found(18), found(30)
+    assert weak.q_value is not None
+    assert weak.q_value < 0.05
+    assert 1 < weak.low < bias.LEAST_EFFECT < weak.effect
+    assert not weak.significant
+    assert strong.low > bias.LEAST_EFFECT
+    assert strong.significant

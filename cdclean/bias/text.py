@@ -18,17 +18,14 @@ def sentence(bias: Bias) -> str:
         why = " Class and prediction are described: classes differ in the size of their masks without any shortcut."
         return "No attribute value could be tested." + (why if bias.described else "")
     if not found:
-        return f"None of {len(tested)} attribute values is over- or under-represented among the small masks."
+        return f"None of {len(tested)} attribute values is clearly over- or under-represented among the small masks."
     row = found[0]
     which = f" of predicted class {_printable(row.within)}" if row.within is not None else ""
     how = "over" if row.effect > 1 else "under"
     more = f"; of {len(tested)} values tested {len(found)} are significant"
-    # Small masks of one class alone are no finding about a shortcut, not even within a predicted class.
-    alone = {item.attribute for item in found} == {"class"}
-    classes = " Classes differ in that without any shortcut." if alone else ""
     return (
         f"{_printable(row.attribute)} = {_printable(row.value)} is {how}-represented most: {row.observed} of the "
-        f"{row.small} smallest masks{which} have it, {row.expected:.1f} expected{more}.{classes}"
+        f"{row.small} smallest masks{which} have it, {row.expected:.1f} expected{more}."
     )
 
 
