@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 from cdclean.errors import UsageError
 
 Objective = Literal["probabilities", "logits", "features"]
+Colours = Literal["even", "random"]
 Head = Literal["auto", "softmax", "sigmoid", "probabilities", "sigmoid-probabilities"]
 Precision = Literal["auto", "fp32", "bf16", "fp16", "fp64"]
 Resize = Literal["center", "squash", "border"]
@@ -29,7 +30,7 @@ TrainPrecision = Literal["auto", "fp32", "bf16"]
 
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
 # A full mask costs so much: nats for probabilities, standard deviations of the reference for the other two.
-AREA_COST: dict[str, float] = {"probabilities": 3.0, "logits": 0.5, "features": 0.5}
+AREA_COST: dict[str, float] = {"probabilities": 6.0, "logits": 0.5, "features": 0.5}
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ class DistillConfig:
     smoothness: float = 2.0  # weight of the total variation of the mask's cells
     grid: int | None = 16  # cells a side that the mask is made of; None: one a pixel, as in the paper
     averaged: float = 0.33  # share of the steps, the last ones, whose masks are averaged; 0: the last mask alone
-    temperature: float = 1.0  # softens both outputs; `probabilities` alone
+    colours: Colours = "even"  # painted over what is masked out: a Sobol sequence, or drawn by chance as in the paper
+    temperature: float = 1.5  # softens both outputs; `probabilities` alone
     relative: bool = True  # `logits`, `features`: distances in units of the reference's own spread
     head: Head = "auto"  # what the model's output means
     layer: str | None = None  # module whose output `features` compares; None: the last map before pooling
@@ -102,6 +104,8 @@ class DistillConfig:
             raise UsageError(f"grid must be at least 1, not {self.grid}")
         if not 0 <= self.averaged <= 1:
             raise UsageError(f"averaged is a share of the steps, in [0, 1], not {self.averaged}")
+        if self.colours not in get_args(Colours):
+            raise UsageError(f"colours must be one of {', '.join(get_args(Colours))}, not {self.colours!r}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UsageError(f"betas must be in [0, 1), not {self.betas}")
 
@@ -135,6 +139,7 @@ def paper(objective: Objective = "logits") -> DistillConfig:
         smoothness=10.0,
         grid=None,
         averaged=0.0,
+        colours="random",
         relative=False,
         precision="fp32",
     )

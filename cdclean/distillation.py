@@ -25,9 +25,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.quasirandom import SobolEngine
 
 from cdclean.answers import Answer, find_layer, frozen, recognise_head
-from cdclean.config import DistillConfig, Head
+from cdclean.config import Colours, DistillConfig, Head
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def distill(
     _check(images, noise, config)
     count, channels = images.shape[:2]
     if noise is None:
-        noise = draw_noise([config.seed] * count if seeds is None else seeds, config.steps, channels)
+        drawn = [config.seed] * count if seeds is None else seeds
+        noise = draw_noise(drawn, config.steps, channels, config.colours)
     if len(noise) != count:
         raise ValueError(f"{len(noise)} seeds for {count} images")
     noise = noise.to(images.device, images.dtype)
@@ -170,16 +172,27 @@ def total_variation(mask: Tensor) -> Tensor:
 # --- Fills: the colours that paint over what is masked out ---
 #
 # By default all images get the same colours, from the run's seed alone: so a score depends neither on an image's place
-# in a run nor on its name, and images are compared under the same conditions, which ranks them more steadily than
-# colours of their own (tests/benchmarks/results/objectives.md).
+# in a run nor on its name, and images are compared under the same conditions. The few colours that the averaged masks
+# see lie evenly in the colour space: chance would favour dark ones in one run and red ones in the next. Both rank
+# images more steadily than colours of their own, drawn by chance (tests/benchmarks/results/objectives.md).
 
 
-def draw_noise(seeds: Tensor | list[int], steps: int, channels: int) -> Tensor:
-    """Uniform colours in [0, 1), float32 [B, steps, channels] on the CPU, row i drawn from seed i alone."""
-    drawn = torch.empty(len(seeds), steps, channels)
-    for row, seed in zip(drawn, seeds, strict=True):
-        torch.rand(steps, channels, generator=torch.Generator().manual_seed(int(seed) % 2**63), out=row)
-    return drawn
+def draw_noise(seeds: Tensor | list[int], steps: int, channels: int, colours: Colours = "even") -> Tensor:
+    """Colours in [0, 1], float32 [B, steps, channels] on the CPU, row i drawn from seed i alone.
+
+    "even": a scrambled Sobol sequence, any stretch of which covers all colours. "random": uniform, as in the paper.
+    """
+    rows: dict[int, Tensor] = {}
+    for seed in map(int, seeds):
+        if seed not in rows:
+            rows[seed] = _sequence(seed % 2**63, steps, channels, colours)
+    return torch.stack([rows[int(seed)] for seed in seeds]) if rows else torch.empty(0, steps, channels)
+
+
+def _sequence(seed: int, steps: int, channels: int, colours: Colours) -> Tensor:
+    if colours == "even":
+        return SobolEngine(channels, scramble=True, seed=seed).draw(steps, dtype=torch.float32)
+    return torch.rand(steps, channels, generator=torch.Generator().manual_seed(seed))
 
 
 # --- Batches ---
