@@ -20,6 +20,7 @@ from cdclean.errors import UsageError
         {"grid": 0},
         {"averaged": 1.5},
         {"averaged": -0.1},
+        {"colours": "red"},
         {"batch_size": 0},
         {"area_cost": -1.0},
         {"smoothness": -1.0},
@@ -38,6 +39,7 @@ def test_the_published_settings_are_the_papers(objective: Any) -> None:
     assert (settings.steps, settings.betas, settings.smoothness) == (100, (0.1, 0.1), 10.0)
     assert (settings.pixel_cost, settings.learning_rate) == ((0.01, 0.1) if objective == "logits" else (0.001, 0.05))
     assert (settings.grid, settings.averaged, settings.relative, settings.area_cost) == (None, 0.0, False, 0.0)
+    assert settings.colours == "random"
 
 
 def test_the_paper_has_no_objective_of_ours() -> None:

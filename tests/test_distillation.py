@@ -187,10 +187,22 @@ def test_float64_is_the_same_at_any_batch_size(name: str) -> None:
         assert torch.allclose(norm, norms[0], rtol=0, atol=1e-9 * SIZE * SIZE)
 
 
-def test_noise_of_an_image_depends_on_its_seed_alone() -> None:
-    assert torch.equal(draw_noise([3, 4, 5], 6, 3)[1], draw_noise([4], 6, 3)[0])
-    assert not torch.equal(draw_noise([3], 6, 3), draw_noise([4], 6, 3))
-    assert draw_noise([2**70], 6, 3).isfinite().all()
+@pytest.mark.parametrize("colours", ["even", "random"])
+def test_noise_of_an_image_depends_on_its_seed_alone(colours: Any) -> None:
+    assert torch.equal(draw_noise([3, 4, 3], 6, 3, colours)[1], draw_noise([4], 6, 3, colours)[0])
+    assert not torch.equal(draw_noise([3], 6, 3, colours), draw_noise([4], 6, 3, colours))
+    assert draw_noise([2**70], 6, 3, colours).isfinite().all()
+    assert draw_noise([], 6, 3, colours).shape == (0, 6, 3)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**64), start=st.integers(0, 22), channels=st.integers(1, 4))
+def test_every_stretch_of_even_colours_holds_dark_and_bright_ones(seed: int, start: int, channels: int) -> None:
+    stretch = draw_noise([seed], 30, channels)[0, start : start + 8]
+    assert stretch.min() >= 0
+    assert stretch.max() <= 1
+    bright = (stretch > 0.5).sum(0)  # of eight; drawn by chance, one stretch in four has two or fewer, or six or more
+    assert ((bright >= 3) & (bright <= 5)).all()
 
 
 # --- what comes back ---
@@ -286,7 +298,7 @@ def test_a_sigmoid_head_is_scored_by_the_sum_over_its_classes() -> None:
             return torch.stack([x.mean((1, 2, 3)), -x.mean((1, 2, 3))], 1)
 
     images = pictures(1)
-    found = distill(Two(), images, DistillConfig(steps=1, head="sigmoid"), noise=torch.zeros(1, 1, 3))
+    found = distill(Two(), images, DistillConfig(steps=1, head="sigmoid", temperature=1.0), noise=torch.zeros(1, 1, 3))
     mask = (torch.tanh(torch.tensor(1.0)) + 1) / 2
     p = Two()(images).sigmoid().double()
     q = Two()(images * mask).sigmoid().double()

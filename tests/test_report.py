@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cdclean import options, report
-from cdclean.config import DistillConfig, ModelSpec, paper, to_dict
+from cdclean.config import DistillConfig, ModelSpec, paper, preset, to_dict
 from cdclean.errors import IncompleteError, InputError, UsageError
 from cdclean.records import load_run
 from cdclean.report import commands, figures, gathering, rendering
@@ -518,8 +518,10 @@ def test_words_survive_a_shell() -> None:
         DistillConfig("features", layer="layer4", learning_rate=0.05),
         paper("logits"),
         paper("features"),
+        preset("fast"),
+        preset("thorough", seed=3),
     ],
-    ids=["default", "changed", "logits", "features", "paper", "paper features"],
+    ids=["default", "changed", "logits", "features", "paper", "paper features", "fast", "thorough"],
 )
 def test_the_scan_command_means_the_settings_of_the_run(distill: DistillConfig, tmp_path: Path) -> None:
     from cdclean.cli import app
@@ -545,6 +547,13 @@ def test_the_scan_command_means_the_settings_of_the_run(distill: DistillConfig, 
     assert (given["thumbnail_size"], list(given["include"]), given["limit"]) == (0, ["cat/*", "dog/*"], 9)
     assert str(given["out"]) == str(tmp_path / "x.cdclean")
     assert str(tmp_path / "a set") in str(given["dataset" if "dataset" in given else "datasets"])
+
+
+def test_the_scan_command_names_no_option_that_there_is_not(tmp_path: Path) -> None:
+    content: dict[str, Any] = {"dataset": {"location": "set"}, "model": {"source": "net.pt"}}
+    from_python = DistillConfig(grid=8, averaged=0.5, colours="random", temperature=2.0, smoothness=1.0)
+    content["config"] = {"distill": to_dict(from_python)}
+    assert commands.scan(content, tmp_path) == f"cdclean scan set --model net.pt --out {tmp_path}"
 
 
 def test_an_unclear_verdict_does_not_send_the_reader_into_a_refusal(

@@ -13,7 +13,7 @@ from cdclean.storage import Location, from_text
 
 _ESCAPES = {"\\": "\\\\", "'": "\\'", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 # Settings of a mask that have no option of their own: only a preset changes them.
-_BY_PRESET = ("betas", "pixel_cost", "smoothness", "temperature", "relative")
+_BY_PRESET = ("betas", "pixel_cost", "smoothness", "grid", "averaged", "colours", "temperature", "relative")
 
 
 def filter_(run: Location, *, rule: str, replaces: bool) -> str:

@@ -1,0 +1,79 @@
+"""The grids of the detection benchmark, how their networks are scanned, and how their results are grouped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import save_file
+
+from cdclean.config import ModelSpec
+from cdclean.models import load
+from tests.benchmarks.detection import networks, table
+from tests.benchmarks.detection.__main__ import GRIDS
+from tests.benchmarks.detection.attacks import ATTACKS
+from tests.benchmarks.detection.data import DATASETS
+from tests.benchmarks.detection.rows import Row
+
+EVERY = [row for grid in GRIDS.values() for row in grid()]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_row_has_a_name_of_its_own(grid: str) -> None:
+    names = [row.name for row in GRIDS[grid]()]
+    assert len(set(names)) == len(names)
+
+
+def test_a_row_keeps_its_name() -> None:
+    """Folders and results of earlier runs are found by it."""
+    row = Row("badnets", "tiny_resnet", "short", epochs=10, samples=10_000)
+    assert row.name == "badnets-tiny_resnet-short-10x10000-0.05-0"
+    row = Row("wanet", "timm_resnet18", "short", 60, 512, 0.1, seed=3, dataset="caltech16")
+    assert row.name == "wanet-timm_resnet18-short-60x512-0.1-3-caltech16"
+
+
+def test_the_full_grid_has_photographs_of_224_px() -> None:
+    rows = [row for row in GRIDS["full"]() if DATASETS[row.dataset].size == 224]
+    assert {row.attack for row in rows} == {"badnets", "blend-noise", "clean"}
+    assert {row.network for row in rows} == {"timm_resnet18"}
+
+
+@pytest.mark.parametrize(("network", "dataset"), sorted({(row.network, row.dataset) for row in EVERY}))
+def test_a_scan_shows_a_network_what_it_was_trained_on(network: str, dataset: str, tmp_path: Path) -> None:
+    about = DATASETS[dataset]
+    place = tmp_path / "victim.safetensors"
+    save_file(getattr(networks, network)(about.classes).state_dict(), place)
+    arch = f"tests.benchmarks.detection.networks:{network}"
+    found = load(ModelSpec(str(place), arch, (about.size, about.size), about.mean, about.std))
+    assert found.classes == about.classes
+    assert (found.geometry.height, found.geometry.width) == (about.size, about.size)
+    assert found.geometry.crop_pct == 1.0  # or the edge, where many triggers are, would be cut off
+
+
+# --- The table ---
+
+
+def result(attack: str, **row: Any) -> dict[str, Any]:
+    """As rows.run gives it, of a row that went well."""
+    about = {"attack": attack, "network": "net", "recipe": "short", "epochs": 2, "samples": 512, "rate": 0.1, "seed": 0}
+    score = {"auroc": 0.99, "ap": 0.9, "tpr_at_1_fpr": 0.8}
+    found = {"row": about | row, "half": ATTACKS[attack].half, "machine": "m", "versions": "v", "date": "d"}
+    found |= {"before": {"accuracy": 0.7, "attack_success": 0.9}, "after": {"accuracy": 0.7, "attack_success": 0.0}}
+    shares = {"poison_dropped": 0.9, "clean_dropped": 0.01}
+    found |= {"auto": {"verdict": "backdoor", **shares}, "cleaned": {"rule": "--auto", **shares}}
+    return found | {"scores": {"default": score, "confidence": score}, "density": {"q0.5": 0.2}}
+
+
+def test_a_dataset_is_a_group_of_its_own() -> None:
+    rows = [result("badnets", dataset="caltech16"), result("badnets"), result("clean", dataset="caltech16")]
+    rows.append(result("blend-noise", dataset="cifar10"))
+    _, *groups = table.markdown("full", rows).split("\n## ")
+    heads = [group.splitlines()[0] for group in groups]
+    assert heads == [
+        "net, short recipe, 2 epochs, 512 images of Caltech-101 (16 classes), 224 px, 10% poison",
+        "net, short recipe, 2 epochs, 512 images of CIFAR-10, 32 px, 10% poison",
+    ]
+    assert "False alarms" in groups[0]
+    assert "blend, noise" not in groups[0]
+    assert "**mean of 2**" in groups[1]  # results from before there were datasets are CIFAR-10's
