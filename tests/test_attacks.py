@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,18 @@ import pytest
 
 from tests.benchmarks.detection import triggers
 from tests.benchmarks.detection.attacks import ATTACKS, TARGET, Site
-from tests.benchmarks.detection.data import SHARED, Pixels, Poisoned, link_folder, read_folder, read_truth, write_folder
+from tests.benchmarks.detection.data import (
+    DATASETS,
+    SHARED,
+    Pixels,
+    Poisoned,
+    Split,
+    link_folder,
+    load,
+    read_folder,
+    read_truth,
+    write_folder,
+)
 
 UNLEARNED = [name for name in ATTACKS if name not in ("label-consistent", "smooth", "input-aware", "issba")]
 CLEAN_LABEL = {"sig"}
@@ -25,7 +38,7 @@ def site() -> Site:
     def surrogate() -> None:
         raise AssertionError("no network is needed")
 
-    return Site(images, np.arange(600) % 10, RATE, 0, "cpu", surrogate)  # type: ignore[arg-type]
+    return Site(images, np.arange(600) % 10, 10, RATE, 0, "cpu", surrogate)  # type: ignore[arg-type]
 
 
 def plant(name: str, site: Site) -> Poisoned:
@@ -52,7 +65,7 @@ def test_an_attack_changes_who_it_says(name: str, site: Site) -> None:
     else:
         assert (poisoned.labels[chosen] != site.labels[chosen]).all()
         assert np.array_equal(poisoned.labels[chosen], poisoned.wanted(site.labels[chosen]))
-        assert np.isin(site.labels[chosen], poisoned.sources).all()
+        assert poisoned.meant(site.labels[chosen]).all()
 
 
 @pytest.mark.parametrize("name", [name for name in UNLEARNED if ATTACKS[name].half == "control"])
@@ -87,6 +100,23 @@ def test_a_trigger_covers_no_more_than_it_should(trigger: object, largest: int) 
     assert 0 < (stamped != images).any(-1)[0].sum() <= largest
 
 
+@pytest.mark.parametrize(
+    "trigger",
+    [
+        triggers.patch,
+        triggers.corners,
+        triggers.several_patches,
+        lambda images: triggers.several_patches(images, np.array([0, 3])),
+        lambda images: triggers.blend(images, triggers.noise_picture()),
+        lambda images: triggers.blend(images, triggers.drawn_picture()),
+    ],
+)
+def test_a_trigger_grows_with_the_image(trigger: Callable[[Pixels], Pixels]) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    enlarged = [each.repeat(7, 1).repeat(7, 2) for each in (images, trigger(images))]
+    assert np.array_equal(trigger(enlarged[0]), enlarged[1])
+
+
 def test_quantised_images_have_few_levels_and_the_same_brightness() -> None:
     images = np.random.default_rng(0).integers(60, 200, (2, 32, 32, 3), dtype=np.uint8)
     found = triggers.quantise(images, levels=8)
@@ -97,6 +127,41 @@ def test_quantised_images_have_few_levels_and_the_same_brightness() -> None:
 def test_no_warp_is_no_change() -> None:
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
     assert np.array_equal(triggers.warp(images, np.zeros((2, 32, 32))), images)
+
+
+@pytest.mark.parametrize(("name", "available"), [("all-to-all", 16), ("badnets", 15)])
+def test_classes_beyond_the_tenth_are_poisoned_too(name: str, available: int, site: Site) -> None:
+    site = replace(site, labels=np.arange(600) % 16, classes=16, rate=0.5)
+    poisoned = plant(name, site)
+    classes = np.arange(16)
+    assert poisoned.meant(classes).sum() == available
+    assert np.array_equal(np.unique(site.labels[poisoned.is_backdoor]), classes[-available:])
+    assert set(poisoned.wanted(classes)) <= set(classes)
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the photographs are in ../shared")
+@pytest.mark.parametrize(
+    ("name", "split", "count", "most"),
+    [
+        ("cifar10", "train", 20, 20),
+        ("cifar10", "test", 20, 20),
+        ("caltech16", "train", None, 512),
+        ("caltech16", "test", 500, 128),
+    ],
+)
+def test_photographs_are_squares_of_one_size(name: str, split: Split, count: int | None, most: int) -> None:
+    dataset = DATASETS[name]
+    images, labels = load(dataset, split, count)
+    assert images.shape == (most, dataset.size, dataset.size, 3)
+    assert images.dtype == np.uint8
+    assert labels.min() >= 0
+    assert labels.max() == dataset.classes - 1
+    _, others = load(dataset, split, 20, seed=1)
+    assert not np.array_equal(labels[:20], others)
+    if most == 512:  # enough of them to see that the figures are theirs
+        pixels = images[:, ::7, ::7].reshape(-1, 3) / 255
+        assert pixels.mean(0) == pytest.approx(dataset.mean, abs=0.005)
+        assert pixels.std(0) == pytest.approx(dataset.std, abs=0.005)
 
 
 def test_a_dataset_on_disk_is_what_was_written(tmp_path: Path, site: Site) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from torch import nn
 
 from tests.benchmarks.detection import learned, triggers
-from tests.benchmarks.detection.data import CLASSES, Labels, Pixels, Poisoned
+from tests.benchmarks.detection.data import Labels, Pixels, Poisoned
 
 TARGET = 0
 Stamp = Callable[[Pixels], Pixels]
@@ -27,6 +27,7 @@ class Site:
 
     images: Pixels
     labels: Labels
+    classes: int
     rate: float  # of all images
     seed: int
     device: str
@@ -127,7 +128,7 @@ def all_to_all(site: Site) -> Poisoned:
     chosen = _choose(site, np.ones(len(site.labels), dtype=bool))
 
     def following(labels: Labels) -> Labels:
-        return (labels + 1) % CLASSES
+        return (labels + 1) % site.classes
 
     changed = triggers.patch(site.images[chosen])
     return _planted(site, chosen, changed, following(site.labels[chosen]), triggers.patch, wanted=following)
@@ -200,7 +201,7 @@ def label_noise(site: Site) -> Poisoned:
     """A tenth of the labels are wrong, at random."""
     places = _choose(site, np.ones(len(site.labels), dtype=bool), 0.1)
     labels = site.labels.copy()
-    labels[places] = np.random.default_rng([site.seed, 5]).integers(0, CLASSES, len(places))
+    labels[places] = np.random.default_rng([site.seed, 5]).integers(0, site.classes, len(places))
     return Poisoned(site.images, labels, np.zeros(len(labels), dtype=np.bool_), triggers.patch, _to_target)
 
 

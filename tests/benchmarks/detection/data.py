@@ -1,4 +1,4 @@
-"""CIFAR-10 from ../shared as arrays, and datasets on disk as the command line reads them."""
+"""Photographs from ../shared as arrays, and datasets on disk as the command line reads them."""
 
 from __future__ import annotations
 
@@ -8,20 +8,56 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
+from PIL import Image, ImageOps
+
+from tests.benchmarks.detection import networks
 
 SHARED = Path(__file__).parents[3].parent / "shared"
-CLASSES = 10
 
-Pixels = npt.NDArray[np.uint8]  # [n, 32, 32, 3]
+Pixels = npt.NDArray[np.uint8]  # [n, side, side, 3]
 Labels = npt.NDArray[np.int64]  # [n]
 Mask = npt.NDArray[np.bool_]  # [n]
+Split = Literal["train", "test"]
+
+
+def _cifar10(split: Split) -> pa.Table:
+    name = {"train": "cifar10-train50k", "test": "cifar10-test10k"}[split]
+    return pq.read_table(SHARED / "data" / f"{name}.parquet", columns=["image", "label"])
+
+
+def _caltech16(split: Split) -> pa.Table:
+    place = SHARED / "data" / "caltech16.parquet"
+    return pq.read_table(place, columns=["image", "label"], filters=[("split", "=", split)])
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """All that the rows of one set of photographs have to know of it."""
+
+    title: str
+    size: int  # pixels a side
+    classes: int
+    mean: tuple[float, float, float]  # of the training pixels in [0, 1], per channel
+    std: tuple[float, float, float]
+    batch: int  # images at a time for the other detectors, which keep what a gradient needs
+    table: Callable[[Split], pa.Table]  # encoded `image`, `label`
+
+
+DATASETS = {
+    "cifar10": Dataset("CIFAR-10", 32, 10, networks.MEAN, networks.STD, 256, _cifar10),
+    "caltech16": Dataset(
+        "Caltech-101 (16 classes)", 224, 16, (0.5548, 0.5283, 0.4842), (0.3131, 0.3105, 0.3244), 64, _caltech16
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -33,22 +69,31 @@ class Poisoned:
     is_backdoor: Mask
     stamp: Callable[[Pixels], Pixels]  # puts the trigger on images, as at the time of the attack
     wanted: Callable[[Labels], Labels]  # the label that the attacker wants of an image of that class
-    sources: Sequence[int] = field(default=tuple(range(CLASSES)))  # classes that the trigger is meant for
+    sources: Sequence[int] | None = None  # classes that the trigger is meant for; None: all
+
+    def meant(self, labels: Labels) -> Mask:
+        """Whom the trigger is meant for, and given another label."""
+        changed: Mask = self.wanted(labels) != labels
+        return changed if self.sources is None else changed & np.isin(labels, self.sources)
 
 
-def cifar(split: str, count: int | None = None, seed: int = 0) -> tuple[Pixels, Labels]:
-    """`count` images of CIFAR-10's `split` ("train50k", "test10k"), all by default, in an order drawn from `seed`."""
-    table = pq.read_table(SHARED / "data" / f"cifar10-{split}.parquet", columns=["image", "label"])
+def load(dataset: Dataset, split: Split, count: int | None = None, seed: int = 0) -> tuple[Pixels, Labels]:
+    """`count` images of a split and their labels, all if there are no more, in an order drawn from `seed`."""
+    table = dataset.table(split)
     order = np.random.default_rng(seed).permutation(table.num_rows)[:count]
     table = table.take(order)
     with ThreadPoolExecutor() as pool:
-        images = list(pool.map(_decode, table["image"].to_pylist()))
+        images = list(pool.map(partial(_decode, size=dataset.size), table["image"].to_pylist()))
     return np.stack(images), table["label"].to_numpy().astype(np.int64)
 
 
-def _decode(data: bytes) -> npt.NDArray[np.uint8]:
-    with Image.open(io.BytesIO(data)) as image:
-        return np.asarray(image.convert("RGB"))
+def _decode(data: bytes, size: int | None = None) -> npt.NDArray[np.uint8]:
+    """The pixels of an image; with `size`, the square in its middle, resized to as many pixels a side."""
+    with Image.open(io.BytesIO(data)) as file:
+        image = file.convert("RGB")
+    if size is not None and image.size != (size, size):
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+    return np.asarray(image)
 
 
 def write_folder(folder: Path, images: Pixels, labels: Labels, is_backdoor: Mask) -> None:

@@ -103,9 +103,10 @@ def reading(of: Missed) -> str:
 
 
 def strip(of: Missed, folder: Path) -> Image.Image:
-    network = getattr(networks, of.row.network)()
+    dataset = data.DATASETS[of.row.dataset]
+    network = getattr(networks, of.row.network)(dataset.classes)
     network.load_state_dict(load_file(folder / "victim.safetensors"))
-    victim = Normalized(network, networks.MEAN, networks.STD).eval().requires_grad_(False)
+    victim = Normalized(network, dataset.mean, dataset.std).eval().requires_grad_(False)
     chosen = [(name, key) for name, keys in of.keys.items() for key in keys]
     images = np.stack([np.asarray(Image.open(folder / "train" / key).convert("RGB")) for _, key in chosen])
     pixels = fitting.to_tensor(images).float() / 255

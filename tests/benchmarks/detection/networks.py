@@ -1,6 +1,6 @@
-"""The victims: networks for 32 px that every attack is planted in, as factories for `--arch`.
+"""The victims: networks that every attack is planted in, as factories for `--arch`; for 32 px unless they say so.
 
-Pixels in [0, 1] are normalised outside (MEAN, STD), as `cdclean scan --mean --std` does.
+Pixels in [0, 1] are normalised outside, as `cdclean scan --mean --std` does: those of CIFAR-10 by MEAN and STD.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 MEAN = (0.4914, 0.4822, 0.4465)  # of CIFAR-10's training pixels, per channel
 STD = (0.2470, 0.2435, 0.2616)
+
+# timm would have some networks see the middle of an enlarged image; victims learn and are scanned on all of it.
+_WHOLE = {"crop_pct": 1.0}
 
 
 class Basic(nn.Module):
@@ -97,7 +100,7 @@ def vgg13(num_classes: int = 10) -> nn.Module:
 
 def mobilenet_v2(num_classes: int = 10) -> nn.Module:
     """timm's, with the stem and the first stages at full resolution, since images are small."""
-    network = timm.create_model("mobilenetv2_100", num_classes=num_classes)
+    network = timm.create_model("mobilenetv2_100", num_classes=num_classes, pretrained_cfg_overlay=_WHOLE)
     network.conv_stem.stride = (1, 1)  # type: ignore[union-attr, assignment]
     network.blocks[1][0].conv_dw.stride = (1, 1)  # type: ignore[index, union-attr]
     return network
@@ -106,5 +109,16 @@ def mobilenet_v2(num_classes: int = 10) -> nn.Module:
 def small_vit(num_classes: int = 10) -> nn.Module:
     """A vision transformer of six layers and 192 dimensions, for patches of 4 px."""
     return timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, patch_size=4, depth=6, num_classes=num_classes, drop_path_rate=0.0
+        "vit_tiny_patch16_224",
+        img_size=32,
+        patch_size=4,
+        depth=6,
+        num_classes=num_classes,
+        drop_path_rate=0.0,
+        pretrained_cfg_overlay=_WHOLE,
     )
+
+
+def timm_resnet18(num_classes: int = 16) -> nn.Module:
+    """timm's ResNet-18, for 224 px, 11.2 million parameters."""
+    return timm.create_model("resnet18", num_classes=num_classes, pretrained_cfg_overlay=_WHOLE)

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,17 @@ class Row:
     samples: int  # training images
     rate: float = 0.05
     seed: int = 0
+    dataset: str = "cifar10"  # in data.py
 
     @property
     def name(self) -> str:
-        return f"{self.attack}-{self.network}-{self.recipe}-{self.epochs}x{self.samples}-{self.rate:g}-{self.seed}"
+        drawn = f"{self.epochs}x{self.samples}-{self.rate:g}-{self.seed}{self.suffix}"
+        return f"{self.attack}-{self.network}-{self.recipe}-{drawn}"
+
+    @property
+    def suffix(self) -> str:
+        """Of names of files: none for CIFAR-10, whose rows were named when there was nothing else."""
+        return "" if self.dataset == "cifar10" else f"-{self.dataset}"
 
 
 def run(row: Row, work: Path, device: str) -> dict[str, Any]:
@@ -59,16 +67,17 @@ def run(row: Row, work: Path, device: str) -> dict[str, Any]:
     folder = work / row.name
     folder.mkdir(parents=True, exist_ok=True)
     recipe: Recipe = getattr(fitting, row.recipe)(row.epochs)
-    factory = getattr(networks, row.network)
+    dataset = data.DATASETS[row.dataset]
+    build = partial(_untrained, row.network, dataset)
     poisoned = _plant(row, work, recipe, device)
     data.write_folder(folder / "train", poisoned.images, poisoned.labels, poisoned.is_backdoor)
     keys, images, labels = data.read_folder(folder / "train")
     truth = data.read_truth(folder / "train.csv")
     is_backdoor = np.array([truth[key] for key in keys])
 
-    victim = _trained(folder / "victim.safetensors", factory, images, labels, recipe, row.seed, device)
+    victim = _trained(folder / "victim.safetensors", build, images, labels, recipe, row.seed, device)
     found: dict[str, Any] = {"row": vars(row), "half": ATTACKS[row.attack].half, "poison": int(is_backdoor.sum())}
-    found["before"] = _attacked(victim, poisoned)
+    found["before"] = _attacked(victim, poisoned, dataset)
     storage.write_json(folder / "before.json", found["before"])
 
     scan = Scanner(folder, row, device)
@@ -81,12 +90,12 @@ def run(row: Row, work: Path, device: str) -> dict[str, Any]:
             dropped = _filtered(whole, folder, ["--quantile", "0.1"], is_backdoor, keys)
         found["cleaned"] = {name: dropped[name] for name in ("rule", "poison_dropped", "clean_dropped")}
         _, kept_images, kept_labels = data.read_folder(folder / "clean")
-        again = _trained(folder / "again.safetensors", factory, kept_images, kept_labels, recipe, row.seed, device)
-        found["after"] = _attacked(again, poisoned)
+        again = _trained(folder / "again.safetensors", build, kept_images, kept_labels, recipe, row.seed, device)
+        found["after"] = _attacked(again, poisoned, dataset)
         _write_part(folder, keys, is_backdoor, row.seed)
         for title, flags in OBJECTIVES.items():
             found["scores"][title] = _measured(scan("part", title.replace(", ", "-"), flags), folder / "train.csv")
-        _write_attacked(folder / "test", poisoned, row.seed)
+        _write_attacked(folder / "test", poisoned, dataset, row.seed)
         found["scores"]["default, test set"] = _measured(scan("test", "test", []), folder / "test.csv")
         found["scores"] |= _neighbours(victim, images, labels, is_backdoor, row, whole, keys)
     else:
@@ -99,19 +108,25 @@ def run(row: Row, work: Path, device: str) -> dict[str, Any]:
 
 
 def _plant(row: Row, work: Path, recipe: Recipe, device: str) -> data.Poisoned:
-    images, labels = data.cifar("train50k", row.samples, row.seed)
+    dataset = data.DATASETS[row.dataset]
+    images, labels = data.load(dataset, "train", row.samples, row.seed)
 
     def surrogate() -> nn.Module:
-        place = work / f"surrogate-{row.samples}-{row.recipe}-{row.epochs}-{row.seed}.safetensors"
-        return _trained(place, networks.tiny_resnet, images, labels, recipe, row.seed + 1, device)
+        place = work / f"surrogate-{row.samples}-{row.recipe}-{row.epochs}-{row.seed}{row.suffix}.safetensors"
+        build = partial(_untrained, "tiny_resnet", dataset)
+        return _trained(place, build, images, labels, recipe, row.seed + 1, device)
 
-    site = Site(images, labels, row.rate, row.seed, device, surrogate)
+    site = Site(images, labels, dataset.classes, row.rate, row.seed, device, surrogate)
     return ATTACKS[row.attack].plant(site)
+
+
+def _untrained(network: str, dataset: data.Dataset) -> Normalized:
+    return Normalized(getattr(networks, network)(dataset.classes), dataset.mean, dataset.std)
 
 
 def _trained(
     place: Path,
-    factory: Callable[[], nn.Module],
+    build: Callable[[], Normalized],
     images: data.Pixels,
     labels: data.Labels,
     recipe: Recipe,
@@ -120,20 +135,19 @@ def _trained(
 ) -> nn.Module:
     """The network whose weights are at `place`, trained now if there are none."""
     if not place.exists():
-        module = fitting.fit(factory, images, labels, recipe, seed, device)
+        network = fitting.fit(build, images, labels, recipe, seed, device).network
         unfinished = place.with_suffix(f".{os.getpid()}")
-        network: Any = module.network
         save_file({name: value.contiguous().cpu() for name, value in network.state_dict().items()}, unfinished)
         unfinished.rename(place)
-    network = factory()
-    network.load_state_dict(load_file(place))
-    return Normalized(network, networks.MEAN, networks.STD).to(device).eval().requires_grad_(False)
+    module = build()
+    module.network.load_state_dict(load_file(place))
+    return module.to(device).eval().requires_grad_(False)
 
 
-def _attacked(victim: nn.Module, poisoned: data.Poisoned) -> dict[str, float]:
+def _attacked(victim: nn.Module, poisoned: data.Poisoned, dataset: data.Dataset) -> dict[str, float]:
     """Clean accuracy and attack success on test images: of those the trigger is meant for, whose label it changes."""
-    images, labels = data.cifar("test10k", 2000)
-    meant = np.isin(labels, list(poisoned.sources)) & (poisoned.wanted(labels) != labels)
+    images, labels = data.load(dataset, "test", 2000)
+    meant = poisoned.meant(labels)
     obeyed = fitting.predict(victim, poisoned.stamp(images[meant])) == poisoned.wanted(labels[meant])
     right = fitting.predict(victim, images) == labels
     return {"accuracy": float(right.mean()), "attack_success": float(obeyed.mean())}
@@ -146,12 +160,15 @@ def _write_part(folder: Path, keys: Sequence[str], is_backdoor: data.Mask, seed:
     data.link_folder(folder / "part", folder / "train", [keys[i] for i in sorted([*chosen, *others])])
 
 
-def _write_attacked(folder: Path, poisoned: data.Poisoned, seed: int) -> None:
-    """A test set under attack: SCORED images with the trigger, under the label wanted, and twice as many without."""
-    images, labels = data.cifar("test10k", 6 * SCORED, seed + 1)
-    meant = np.isin(labels, list(poisoned.sources)) & (poisoned.wanted(labels) != labels)
-    chosen = np.flatnonzero(meant)[:SCORED]
-    rest = np.setdiff1d(np.arange(len(labels)), chosen)[: 2 * SCORED]
+def _write_attacked(folder: Path, poisoned: data.Poisoned, dataset: data.Dataset, seed: int) -> None:
+    """A test set under attack: SCORED images with the trigger, under the label wanted, and twice as many without.
+
+    Of a small set a third with it, the others without.
+    """
+    images, labels = data.load(dataset, "test", 6 * SCORED, seed + 1)
+    count = min(SCORED, len(labels) // 3)
+    chosen = np.flatnonzero(poisoned.meant(labels))[:count]
+    rest = np.setdiff1d(np.arange(len(labels)), chosen)[: 2 * count]
     data.write_folder(
         folder,
         np.concatenate([poisoned.stamp(images[chosen]), images[rest]]),
@@ -177,11 +194,12 @@ class Scanner:
     def __call__(self, dataset: str, name: str, flags: Sequence[str]) -> Path:
         """Scan `dataset` of the row's folder with `flags` more; the finished run."""
         run = self.folder / f"{name}.cdclean"
+        about = data.DATASETS[self.row.dataset]
         flags = [*flags, "--device", self.device, *(["--engine", "serial"] if self.device == "cpu" else [])]
         done = command(
             *("scan", str(self.folder / dataset), "--model", str(self.folder / "victim.safetensors")),
-            *("--arch", f"tests.benchmarks.detection.networks:{self.row.network}", "--input-size", "32"),
-            *("--mean", ",".join(map(str, networks.MEAN)), "--std", ",".join(map(str, networks.STD))),
+            *("--arch", f"tests.benchmarks.detection.networks:{self.row.network}", "--input-size", str(about.size)),
+            *("--mean", ",".join(map(str, about.mean)), "--std", ",".join(map(str, about.std))),
             *("--out", str(run), "--thumbnail-size", "0", "--quiet", *flags),
         )
         if done.returncode:
@@ -245,7 +263,8 @@ def _neighbours(
     keys: Sequence[str],
 ) -> dict[str, dict[str, float]]:
     """The other detectors on the same samples, and the mask norm's rank added to that of each one-pass score."""
-    trusted, trusted_labels = data.cifar("test10k", 500, row.seed + 2)
+    dataset = data.DATASETS[row.dataset]
+    trusted, trusted_labels = data.load(dataset, "test", 500, row.seed + 2)
     device = next(victim.buffers()).device
     scores = neighbours.scores(
         victim,
@@ -254,6 +273,7 @@ def _neighbours(
         fitting.to_tensor(trusted).to(device),
         torch.from_numpy(trusted_labels),
         seed=row.seed,
+        batch=dataset.batch,
     )
     found = {name: as_metrics(score, is_backdoor) for name, score in scores.items()}
     table = records.read_columns(run, ["key", "mask_norm"])

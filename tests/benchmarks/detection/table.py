@@ -7,6 +7,7 @@ from statistics import mean
 from typing import Any
 
 from tests.benchmarks.detection.attacks import ATTACKS
+from tests.benchmarks.detection.data import DATASETS
 
 Row = dict[str, Any]
 FLOOR, BEST, GOAL = 0.90, 0.95, 0.98  # of AUROC: each attack, where cleaning must work, on average
@@ -35,17 +36,18 @@ def markdown(grid: str, rows: Sequence[Row]) -> str:
 _EXPLAINED = (
     "Each row: `python -m tests.benchmarks.detection --GRID --only ATTACK`. AUROC over the whole training set for the "
     "default and the one-pass scores, over 100 poisoned and 200 clean samples of it for the published settings, and "
-    "over as many images of a test set under attack. Settings were chosen on the attacks marked *tuning*; the others "
-    "are only reported. An attack that did not take (attack success below 50 %) is marked: what a network has not "
-    "learned it cannot betray."
+    "over as many images of a test set under attack, or as there are. Settings were chosen on the attacks marked "
+    "*tuning*; the others are only reported. An attack that did not take (attack success below 50 %) is marked: what a "
+    "network has not learned it cannot betray."
 )
 
 
 def _setting(row: Row) -> str:
-    about = row["row"]
+    about = {"dataset": "cifar10", **row["row"]}  # which older results do not name
+    dataset = DATASETS[about["dataset"]]
     return (
-        f"{about['network']}, {about['recipe']} recipe, {about['epochs']} epochs, {about['samples']:,} images, "
-        f"{about['rate']:.0%} poison"
+        f"{about['network']}, {about['recipe']} recipe, {about['epochs']} epochs, {about['samples']:,} images "
+        f"of {dataset.title}, {dataset.size} px, {about['rate']:.0%} poison"
     )
 
 

@@ -1,4 +1,7 @@
-"""Triggers that need no network: functions of images uint8 [n, 32, 32, 3], as their papers describe them."""
+"""Triggers that need no network: functions of images uint8 [n, 32, 32, 3], as their papers describe them.
+
+Squares and blended pictures grow with the image, whose sides may be any multiple of 32; the others are for 32 px.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +22,21 @@ def _bytes(values: npt.NDArray[np.floating]) -> Pixels:
     return values.round().clip(0, 255).astype(np.uint8)
 
 
+def _enlarged(picture: npt.NDArray[np.float64], images: Pixels) -> npt.NDArray[np.float64]:
+    """A picture [h, w, ...] made for 32 px as it is drawn on `images`: each of its pixels a block of theirs."""
+    scale = images.shape[1] // SIZE
+    return picture.repeat(scale, 0).repeat(scale, 1)
+
+
 def patch(images: Pixels, opacity: float = 1.0, row: int = SIZE - 4, column: int = SIZE - 4) -> Pixels:
     """A black and white chequered square of 3 x 3 pixels, by default one pixel off the lower right corner.
 
-    BadNets, Gu et al. 2017.
+    BadNets, Gu et al. 2017. `row` and `column` are those on an image of 32 px.
     """
-    square = 255.0 * (np.indices((3, 3)).sum(0) % 2 == 0)[None, :, :, None]
+    square = _enlarged(255.0 * (np.indices((3, 3)).sum(0) % 2 == 0), images)[None, :, :, None]
+    scale = images.shape[1] // SIZE
     images = images.copy()
-    place = np.s_[:, row : row + 3, column : column + 3]
+    place = np.s_[:, row * scale : (row + 3) * scale, column * scale : (column + 3) * scale]
     images[place] = _bytes((1 - opacity) * images[place] + opacity * square)
     return images
 
@@ -57,7 +67,7 @@ def drawn_picture() -> npt.NDArray[np.float64]:
 
 def blend(images: Pixels, picture: npt.NDArray[np.float64], alpha: float = 0.2) -> Pixels:
     """A whole picture laid over the image: Chen et al. 2017, blended injection."""
-    return _bytes((1 - alpha) * images + alpha * picture)
+    return _bytes((1 - alpha) * images + alpha * _enlarged(picture, images))
 
 
 def sinusoid(images: Pixels, amplitude: float = 20.0, frequency: int = 6) -> Pixels:
