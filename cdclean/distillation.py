@@ -191,7 +191,8 @@ def draw_noise(seeds: Tensor | list[int], steps: int, channels: int, colours: Co
 
 def _sequence(seed: int, steps: int, channels: int, colours: Colours) -> Tensor:
     if colours == "even":
-        return SobolEngine(channels, scramble=True, seed=seed).draw(steps, dtype=torch.float32)
+        sequence = SobolEngine(channels, scramble=True, seed=seed)  # type: ignore[no-untyped-call]
+        return sequence.draw(steps, dtype=torch.float32)
     return torch.rand(steps, channels, generator=torch.Generator().manual_seed(seed))
 
 
