@@ -93,10 +93,13 @@ def reading(of: Missed) -> str:
             "Their masks are as large as those of clean images: the network wants most of the image to keep its "
             "answer, since the trigger lies all over it, or is one of several things that it looks at."
         )
-    return (
-        f"Their masks are smaller than those of clean images, but not than the smallest: of the clean masks that are "
-        f"in the way, {of.gathered:.0%} are of class {of.gathered_class}, whose images need little by nature."
+    why = (
+        f"Their masks are smaller than most of the clean ones, but not than the smallest, of which {of.gathered:.0%} "
+        f"are of class {of.gathered_class}."
     )
+    if of.margin["missed"] <= of.margin["clean"]:
+        why += " Nor is the network surer of them than of clean images."
+    return why
 
 
 # --- The picture: for every attack a line of samples, each as image, mask and pattern, one below the other ---
