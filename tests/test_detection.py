@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors.torch import save_file
 
@@ -14,6 +15,8 @@ from tests.benchmarks.detection import networks, table
 from tests.benchmarks.detection.__main__ import GRIDS
 from tests.benchmarks.detection.attacks import ATTACKS
 from tests.benchmarks.detection.data import DATASETS
+from tests.benchmarks.detection.missed import Missed, reading
+from tests.benchmarks.detection.objectives import cascade
 from tests.benchmarks.detection.rows import Row
 
 EVERY = [row for grid in GRIDS.values() for row in grid()]
@@ -77,3 +80,27 @@ def test_a_dataset_is_a_group_of_its_own() -> None:
     assert "False alarms" in groups[0]
     assert "blend, noise" not in groups[0]
     assert "**mean of 2**" in groups[1]  # results from before there were datasets are CIFAR-10's
+
+
+def test_a_cascade_ranks_by_the_full_run_first_and_the_others_behind() -> None:
+    short, full = np.array([5.0, 1.0, 3.0, 9.0]), np.array([2.0, 8.0, 4.0, 1.0])
+    norms = cascade(short, full, 0.5)  # the two smallest of the short run: numbers 1 and 2
+    assert np.argsort(norms).tolist() == [2, 1, 0, 3]
+    assert cascade(short, full, 1.0).tolist() == full.tolist()
+
+
+@pytest.mark.parametrize(
+    ("obeyed", "density", "margin", "says"),
+    [
+        (0.2, (0.1, 0.05, 0.2), (9.0, 9.0, 4.0), "has not learned"),
+        (1.0, (0.3, 0.05, 0.2), (9.0, 9.0, 4.0), "all over it"),
+        (1.0, (0.1, 0.05, 0.2), (9.0, 9.0, 4.0), "80% are of class airplane."),
+        (1.0, (0.1, 0.05, 0.2), (3.0, 9.0, 4.0), "Nor is the network surer"),
+    ],
+)
+def test_why_samples_were_missed_follows_from_their_numbers(
+    obeyed: float, density: tuple[float, ...], margin: tuple[float, ...], says: str
+) -> None:
+    medians = [dict(zip(("missed", "found", "clean"), of, strict=True)) for of in (density, margin)]
+    missed = Missed(Row("badnets", "tiny_resnet", "short", 1, 9), 0.8, {}, 0.5, obeyed, *medians, 0.8, "airplane")
+    assert says in reading(missed)
