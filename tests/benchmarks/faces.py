@@ -185,9 +185,11 @@ def write(measured: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=DRAWN, action="append", help="only this one; may be given again")
+    parser.add_argument("--seed", type=int, choices=SEEDS, action="append", help="only this one; the same")
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    for case in parser.parse_args().case or list(DRAWN):
-        for seed in SEEDS:
+    for seed in arguments.seed or SEEDS:
+        for case in arguments.case or DRAWN:
             with tempfile.TemporaryDirectory() as folder:
                 item = measure(case, seed, Path(folder))
             print(case, seed, f"accuracy {item.accuracy:.3f}", bias.sentence(item.whole), flush=True)
