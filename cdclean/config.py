@@ -29,7 +29,8 @@ Optimizer = Literal["adamw", "sgd"]
 TrainPrecision = Literal["auto", "fp32", "bf16"]
 
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
-# A full mask costs so much: nats for probabilities, standard deviations of the reference for the other two.
+# A full mask costs so much: nats for probabilities (of ten classes or more; of fewer in proportion to the nats that
+# their answers hold), standard deviations of the reference for the other two.
 AREA_COST: dict[str, float] = {"probabilities": 6.0, "logits": 0.5, "features": 0.5}
 
 

@@ -18,6 +18,7 @@ asked, and what its answer means, stands in answers.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -101,7 +102,7 @@ def _optimise(model: nn.Module, images: Tensor, noise: Tensor, config: DistillCo
     rows, columns = (min(config.grid or side, side) for side in (height, width))
     w = images.new_ones(len(images), 1, rows, columns).requires_grad_()
     optimiser = torch.optim.Adam([w], lr=config.learning_rate, betas=config.betas)
-    area, pixels = config.area_cost or 0.0, config.pixel_cost
+    area, pixels = (config.area_cost or 0.0) * _worth(reference, config, head), config.pixel_cost
     scale = 1024 if config.precision == "fp16" else 1  # keeps small gradients above what fp16 can hold
     late = max(1, round(config.averaged * config.steps))
     divergences, found = [], []
@@ -160,6 +161,17 @@ def _distance(reference: Tensor, config: DistillConfig, head: Head) -> Callable[
     return lambda seen: F.kl_div(
         F.log_softmax(seen / config.temperature, 1), target, reduction="none", log_target=True
     ).sum(1)
+
+
+def _worth(reference: Tensor, config: DistillConfig, head: Head) -> float:
+    """What share of `config.area_cost` is asked: less where an answer of few classes holds fewer nats to lose.
+
+    Asked the price of ten classes, a network of two would rather give up its answer than keep anything of the image.
+    """
+    if config.objective != "probabilities":
+        return 1.0
+    outcomes = reference.shape[1] * math.log(2) if head == "sigmoid" else math.log(reference.shape[1])
+    return min(1.0, outcomes / math.log(10))
 
 
 def total_variation(mask: Tensor) -> Tensor:

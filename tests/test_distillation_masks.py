@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -59,6 +62,33 @@ def test_a_price_per_area_is_the_same_at_every_image_size(size: int) -> None:
     large = distill(model, F.interpolate(images, size, mode="nearest"), config)
     assert torch.allclose(large.mask_norm / size**2, small.mask_norm / 32**2, rtol=0, atol=1e-9)
     assert small.mask_norm.std() > 0
+
+
+class Padded(nn.Module):
+    """A network of two classes with eight more that it never predicts."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return F.pad(self.network(pixels)[:, :2], (0, 8), value=-200.0)
+
+
+class FirstTwo(Padded):
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.network(pixels)[:, :2]
+
+
+def test_a_full_mask_costs_less_where_there_are_few_classes() -> None:
+    network, images = tiny("test_resnet").double(), pictures(3, dtype=torch.float64)
+    config = DistillConfig(steps=10, precision="fp64", head="softmax")
+    assert config.area_cost == 6.0
+    two = distill(FirstTwo(network), images, config)
+    ten = distill(Padded(network), images, replace(config, area_cost=6.0 * math.log(2) / math.log(10)))
+    assert torch.allclose(two.masks, ten.masks, rtol=0, atol=1e-9)
+    yes_or_no = distill(FirstTwo(network), images, replace(config, head="sigmoid"))
+    assert (yes_or_no.masks - two.masks).abs().max() > 1e-3
 
 
 def test_images_share_their_colours_unless_they_have_seeds() -> None:
