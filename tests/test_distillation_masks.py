@@ -64,31 +64,26 @@ def test_a_price_per_area_is_the_same_at_every_image_size(size: int) -> None:
     assert small.mask_norm.std() > 0
 
 
-class Padded(nn.Module):
-    """A network of two classes with eight more that it never predicts."""
+class Classes(nn.Module):
+    """The first two classes of a network, far apart, and others that it never predicts."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, others: int) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.others = network, others
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return F.pad(self.network(pixels)[:, :2], (0, 8), value=-200.0)
-
-
-class FirstTwo(Padded):
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.network(pixels)[:, :2]
+        return F.pad(100 * self.network(pixels)[:, :2], (0, self.others), value=-500.0)
 
 
 def test_a_full_mask_costs_less_where_there_are_few_classes() -> None:
     network, images = tiny("test_resnet").double(), pictures(3, dtype=torch.float64)
     config = DistillConfig(steps=10, precision="fp64", head="softmax")
     assert config.area_cost == 6.0
-    two = distill(FirstTwo(network), images, config)
-    ten = distill(Padded(network), images, replace(config, area_cost=6.0 * math.log(2) / math.log(10)))
-    assert torch.allclose(two.masks, ten.masks, rtol=0, atol=1e-9)
-    yes_or_no = distill(FirstTwo(network), images, replace(config, head="sigmoid"))
-    assert (yes_or_no.masks - two.masks).abs().max() > 1e-3
+    cheaper = replace(config, area_cost=6.0 * math.log(2) / math.log(10))
+    two, ten, thirty = (distill(Classes(network, others), images, cheaper).masks for others in (0, 8, 28))
+    assert torch.allclose(ten, thirty, rtol=0, atol=1e-9)
+    assert (two - ten).abs().max() > 0.01
+    assert torch.allclose(distill(Classes(network, 0), images, config).masks, ten, rtol=0, atol=1e-9)
 
 
 def test_images_share_their_colours_unless_they_have_seeds() -> None:
