@@ -41,8 +41,8 @@ Within = Literal["prediction"]
 
 LEVEL = 0.05  # largest q value that is called significant
 # The interval of an odds ratio must lie beyond this, or below its inverse. Natural attributes such as age go with the
-# size of a mask a little in any model: without a shortcut their intervals came as near to 1 as 1.3 to 1.6, a drawn
-# shortcut's ended above 4 (tests/benchmarks/results/faces.md).
+# size of a mask a little in any model: without a shortcut their intervals began at 1.9 or nearer to 1, a drawn
+# shortcut's at 4 or more (tests/benchmarks/results/faces.md).
 LEAST_EFFECT = 2.0
 MIN_SUPPORT = 20  # samples with the value, and as many without: below, one or two samples decide
 MAX_VALUES = 1000  # of one attribute from the file: beyond, it is a name, not a property

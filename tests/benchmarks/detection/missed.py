@@ -29,7 +29,7 @@ from cdclean.models import Normalized
 from tests.benchmarks.detection import data, fitting, networks
 from tests.benchmarks.detection.__main__ import RESULTS
 from tests.benchmarks.detection.attacks import ATTACKS
-from tests.benchmarks.detection.rows import Row
+from tests.benchmarks.detection.rows import TARGET, Row
 from tests.benchmarks.detection.table import FLOOR
 
 FOUND = 0.85  # TPR at 1 % FPR, the other goal
@@ -95,7 +95,7 @@ def reading(of: Missed) -> str:
         )
     why = (
         f"Their masks are smaller than most of the clean ones, but not than the smallest, of which {of.gathered:.0%} "
-        f"are of class {of.gathered_class}."
+        f"are of class {of.gathered_class}{', the target' if of.gathered_class == str(TARGET) else ''}."
     )
     if of.margin["missed"] <= of.margin["clean"]:
         why += " Nor is the network surer of them than of clean images."
