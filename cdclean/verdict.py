@@ -9,10 +9,9 @@ such bulk, and the tail of a class is no group: where a mixture of normal distri
 component of it lies mostly out there.
 
 The thresholds were chosen on the scores of six backdoored and four clean small networks, and tried on six others and
-one: of 1-10 % poison, patches, blended pictures and a watermark are found where the group is large enough, with 75 to
-100 % of their samples and under 2 % of the clean ones. Warped, tinted and low-frequency triggers, whose masks and
-margins overlap with those of clean images, end as "unclear" or unseen: no sign is no proof. What is reproducible from
-public networks stands in tests/benchmarks/results/verdict.md.
+one. What they find of thirteen attacks on CIFAR-10 stands in tests/benchmarks/results/detection-cpu.md, and of public
+networks at 1 to 10 % poison in verdict.md there. Triggers whose masks and margins are like those of clean images end as
+"unclear" or unseen: no sign is no proof.
 """
 
 from __future__ import annotations
