@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import suppress
 from types import FrameType
 from typing import NoReturn
 
@@ -24,6 +25,14 @@ def main() -> NoReturn:
     _raise_on_signals()
     try:
         app()
+    except StoppedError as error:
+        Console().error(error)
+        # A library's threads may be at work still: taking the interpreter down under them has aborted it, with that
+        # exit code. All that had to be put in order was, on the way here.
+        with suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(exit_code(error))
     except CdcleanError as error:
         Console().error(error)
         sys.exit(exit_code(error))
