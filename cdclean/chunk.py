@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from cdclean import records, schema, storage
+from cdclean.answers import INDEPENDENT
 from cdclean.config import DistillConfig, ModelSpec, Objective, Precision
 from cdclean.datasets import is_there
 from cdclean.datasets.reading import contents
@@ -331,7 +332,7 @@ def _scores(distilled: Distilled, config: DistillConfig, classes: int) -> Iterat
     }
     if distilled.logits is not None and classes:
         logits = distilled.logits.float()
-        independent = config.head in ("sigmoid", "sigmoid-probabilities")
+        independent = config.head in INDEPENDENT
         probability = logits.sigmoid() if independent else logits.softmax(1)
         best = logits.topk(min(2, logits.shape[1]), dim=1).values
         columns["prediction"] = logits.argmax(1).tolist()

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.quasirandom import SobolEngine
 
-from cdclean.answers import Answer, find_layer, frozen, recognise_head
+from cdclean.answers import INDEPENDENT, Answer, find_layer, frozen, recognise_head
 from cdclean.config import Colours, DistillConfig, Head
 
 
@@ -142,14 +142,14 @@ def _enlarged(cells: Tensor, height: int, width: int) -> Tensor:
 
 
 def _distance(reference: Tensor, config: DistillConfig, head: Head) -> Callable[[Tensor], Tensor]:
-    """The distance to `reference`, prepared once. `head` is "softmax" or "sigmoid" here."""
+    """The distance to `reference`, prepared once. Probabilities have become logits here."""
     if config.objective != "probabilities":
         # Paper, section 3: mean absolute difference of logits (CD-L) or of a layer's output (CD-F).
         # Divided by the reference's own spread it costs the same for every network, however large its logits.
         apart = tuple(range(1, reference.ndim))
         spread = reference.std(apart, correction=0).clamp_min(1e-6) if config.relative else 1.0
         return lambda seen: (seen - reference).abs().mean(apart) / spread
-    if head == "sigmoid":  # independent yes/no classes: the divergences add up
+    if head in INDEPENDENT:  # the divergences of the classes add up
         yes, no = (F.logsigmoid(sign * reference / config.temperature) for sign in (1, -1))
 
         def bernoulli(seen: Tensor) -> Tensor:
@@ -170,8 +170,9 @@ def _worth(reference: Tensor, config: DistillConfig, head: Head) -> float:
     """
     if config.objective != "probabilities":
         return 1.0
-    outcomes = reference.shape[1] * math.log(2) if head == "sigmoid" else math.log(reference.shape[1])
-    return min(1.0, outcomes / math.log(10))
+    classes = reference.shape[1]
+    nats = classes * math.log(2) if head in INDEPENDENT else math.log(classes)
+    return min(1.0, nats / math.log(10))
 
 
 def total_variation(mask: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -290,6 +291,19 @@ def test_probabilities_score_as_their_logits_do(last: Any, told: Any, objective:
     ends = distill(Ends(last), images, DistillConfig(objective=objective, steps=5))
     logits = distill(Ends(lambda z: z.log_softmax(1) if told == "softmax" else z), images, plain)
     assert torch.allclose(ends.mask_norm, logits.mask_norm, rtol=1e-2)
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_yes_or_no_probabilities_score_as_their_logits_do(classes: int) -> None:
+    def surely(z: Tensor) -> Tensor:  # sure enough for the distance to shape the mask
+        return 20 * z[:, :classes]
+
+    images, config = pictures(3, dtype=torch.float64), DistillConfig(steps=10, precision="fp64")
+    ends = distill(Ends(lambda z: surely(z).sigmoid()).double(), images, config)
+    logits = distill(Ends(surely).double(), images, replace(config, head="sigmoid"))
+    assert torch.allclose(ends.mask_norm, logits.mask_norm, rtol=1e-9)
+    assert torch.allclose(ends.divergence, logits.divergence, rtol=1e-6)
+    assert (logits.divergence > 0.001).all()
 
 
 def test_a_sigmoid_head_is_scored_by_the_sum_over_its_classes() -> None:
