@@ -29,8 +29,7 @@ Optimizer = Literal["adamw", "sgd"]
 TrainPrecision = Literal["auto", "fp32", "bf16"]
 
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
-# A full mask costs so much: nats for probabilities (of ten classes or more; of fewer in proportion to the nats that
-# their answers hold), standard deviations of the reference for the other two.
+# A full mask costs so much: nats for probabilities, standard deviations of the reference for the other two.
 AREA_COST: dict[str, float] = {"probabilities": 6.0, "logits": 0.5, "features": 0.5}
 
 
@@ -75,7 +74,9 @@ class DistillConfig:
     steps: int = 30  # forward and backward passes an image
     learning_rate: float = 0.3
     betas: tuple[float, float] = (0.1, 0.1)  # of Adam
-    area_cost: float | None = None  # price of a full mask, in the objective's unit; None: AREA_COST
+    # Price of a full mask, in the objective's unit; None: AREA_COST. Of `probabilities` that of ten classes or more: of
+    # fewer it is asked in proportion to the nats that their answers hold.
+    area_cost: float | None = None
     pixel_cost: float = 0.0  # price of one pixel: the paper's, whose sum grows with the image
     smoothness: float = 2.0  # weight of the total variation of the mask's cells
     grid: int | None = 16  # cells a side that the mask is made of; None: one a pixel, as in the paper

@@ -90,7 +90,11 @@ PresetOption = Annotated[
 Steps = Annotated[int | None, typer.Option(help="Optimisation steps an image.", rich_help_panel=_DISTILL)]
 LearningRate = Annotated[float | None, typer.Option(help="Of the mask.", rich_help_panel=_DISTILL)]
 AreaCost = Annotated[
-    float | None, typer.Option(help="Price of a full mask, in nats for probabilities.", rich_help_panel=_DISTILL)
+    float | None,
+    typer.Option(
+        help="Price of a full mask. For probabilities in nats, of ten classes or more; fewer cost less.",
+        rich_help_panel=_DISTILL,
+    ),
 ]
 Layer = Annotated[
     str | None,

@@ -544,6 +544,7 @@ def test_the_scan_command_means_the_settings_of_the_run(distill: DistillConfig, 
     given = scan.make_context("scan", arguments).params
     assert options.model_spec(given) == model
     assert options.distill_config(given) == distill
+    assert commands.without_option(content) == []
     assert (given["thumbnail_size"], list(given["include"]), given["limit"]) == (0, ["cat/*", "dog/*"], 9)
     assert str(given["out"]) == str(tmp_path / "x.cdclean")
     assert str(tmp_path / "a set") in str(given["dataset" if "dataset" in given else "datasets"])
@@ -554,6 +555,17 @@ def test_the_scan_command_names_no_option_that_there_is_not(tmp_path: Path) -> N
     from_python = DistillConfig(grid=8, averaged=0.5, colours="random", temperature=2.0, smoothness=1.0)
     content["config"] = {"distill": to_dict(from_python)}
     assert commands.scan(content, tmp_path) == f"cdclean scan set --model net.pt --out {tmp_path}"
+    said = ["smoothness 1.0", "grid 8", "averaged 0.5", "colours random", "temperature 2.0"]
+    assert commands.without_option(content) == said
+
+
+def test_a_command_that_would_not_give_these_scores_says_so(tmp_path: Path) -> None:
+    run = backdoored_run(tmp_path)
+    assert "does not give these scores" not in words_of(page_of(run))
+    content = json.loads((run / "run.json").read_text())
+    content["config"]["distill"] = to_dict(DistillConfig(grid=8))
+    (run / "run.json").write_text(json.dumps(content))
+    assert "settings that have no option: grid 8." in words_of(page_of(run))
 
 
 def test_an_unclear_verdict_does_not_send_the_reader_into_a_refusal(

@@ -103,6 +103,7 @@ def _context(run: Location, content: dict[str, Any], samples_shown: int, attribu
         },
         "numbers": _numbers(samples, marked, decided, summary),
         "commands": _commands(run, content, verdict, decided is not None, attributes),
+        "without_option": commands.without_option(content),
         "marked": int(marked.sum()),
         "cutoffs": cutoffs,
         "figures": _figures(samples, marked, cutoffs),

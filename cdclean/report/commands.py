@@ -61,8 +61,14 @@ def scan(content: dict[str, Any], run: Location) -> str:
     return " ".join([*words, "--out", place(run)])
 
 
-def _distillation(asked: dict[str, Any]) -> dict[str, Any]:
-    """The options by which the settings differ from their defaults, or from the preset they come from."""
+def without_option(content: dict[str, Any]) -> list[str]:
+    """Settings of a run that no command line sets, such as `grid 8`: it was made from Python."""
+    asked, base, _ = _settings(content["config"].get("distill", {}))
+    return [f"{name} {asked[name]}" for name in _BY_PRESET if name in asked and asked[name] != getattr(base, name)]
+
+
+def _settings(asked: dict[str, Any]) -> tuple[dict[str, Any], DistillConfig, str | None]:
+    """The settings of a mask, those that they are nearest to, and the preset that gives these."""
     known = {field.name for field in dataclasses.fields(DistillConfig)}
     asked = {name: tuple(v) if isinstance(v, list) else v for name, v in asked.items() if name in known}
     objective = asked.get("objective", "probabilities")
@@ -71,6 +77,13 @@ def _distillation(asked: dict[str, Any]) -> dict[str, Any]:
         published = paper(objective)
         if all(asked.get(name) == getattr(published, name) for name in _BY_PRESET):
             base, preset = published, "paper"
+    return asked, base, preset
+
+
+def _distillation(asked: dict[str, Any]) -> dict[str, Any]:
+    """The options by which the settings differ from their defaults, or from the preset they come from."""
+    asked, base, preset = _settings(asked)
+    objective = asked.get("objective", "probabilities")
     named = objective if objective != ("logits" if preset else "probabilities") else None
     options = {"preset": preset, "objective": named}
     for name, value in asked.items():

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from cdclean.config import DistillConfig
 from cdclean.distillation import distill
+from cdclean.evaluation import metrics
 from cdclean.verdict import decide
 from tests.benchmarks.public_networks import NETWORKS, RESULTS, SHARED, load, picture, stamped
 from tests.networks import resnet20
@@ -91,6 +92,7 @@ def row(name: str, rate: float, draws: list[dict[str, np.ndarray]], clean: int) 
     found = [verdict.suspects[clean:].mean() if poison else None for verdict in verdicts]
     lost = [verdict.suspects[:clean].mean() for verdict in verdicts]
     tenth = [draw["density"] <= np.quantile(draw["density"], 0.1) for draw in draws]
+    auroc = [metrics(-draw["density"], np.arange(len(draw["density"])) >= clean).auroc for draw in draws if poison]
     good = [
         bool(a is None and b <= 0.005) or bool(a is not None and a >= 0.9 and b <= 0.02)
         for a, b in zip(found, lost, strict=True)
@@ -104,6 +106,7 @@ def row(name: str, rate: float, draws: list[dict[str, np.ndarray]], clean: int) 
         "poison_dropped": [float(np.mean(found)), float(np.min(found))] if poison else None,
         "clean_dropped": [float(np.mean(lost)), float(np.max(lost))],
         "goal_met": sum(good),
+        "auroc": [round(float(pick(auroc)), 4) for pick in (np.mean, np.min)] if poison else None,
         "tenth_poison": float(np.mean([kept[clean:].mean() for kept in tenth])) if poison else None,
         "tenth_clean": float(np.mean([kept[:clean].mean() for kept in tenth])),
     }
@@ -118,24 +121,25 @@ def share(value: object) -> str:
 def markdown(rows: list[dict[str, object]], about: dict[str, object]) -> str:
     lines = [f"# The verdict of `--auto`\n\n{about['machine']}, {about['versions']}, {about['date']}.", ""]
     lines += [f"{about['clean']} clean CIFAR-10 test images (original pixels), scored with the default settings; goal:"]
-    lines += [f"{GOAL}. Shares are means over the draws, the worst draw in brackets; on the right what", ""]
+    lines += [f"{GOAL}. AUROC and shares are means over the draws, the worst draw in brackets; on the right what", ""]
     lines[-2] += (
         " `--quantile 0.1` drops of the same datasets. The thresholds were chosen with the badnets square and the"
     )
     lines[-2] += " clean network among others, and without the watermark."
     lines += [
-        "| network | poison | verdicts | poison dropped | clean dropped | goal met | 10 %: poison | 10 %: clean |"
+        "| network | poison | AUROC | verdicts | poison dropped | clean dropped | goal met | 10 %: poison | clean |"
     ]
-    lines += ["|---|---|---|---|---|---|---|---|"]
+    lines += ["|---|---|---|---|---|---|---|---|---|"]
     for each in rows:
         poison, clean, outcomes = each["poison_dropped"], each["clean_dropped"], each["outcomes"]
         assert isinstance(clean, list)
         assert isinstance(outcomes, dict)
         kinds = ", ".join(f"{kind} {n}" for kind, n in outcomes.items() if n)
         dropped = f"{share(poison[0])} ({share(poison[1])})" if isinstance(poison, list) else "-"
+        auroc = f"{each['auroc'][0]:.3f} ({each['auroc'][1]:.3f})" if isinstance(each["auroc"], list) else "-"
         lines.append(
-            f"| {each['network']} | {share(each['poison_rate'])} ({each['poisoned']}) | {kinds} | {dropped} | "
-            f"{share(clean[0])} ({share(clean[1])}) | {each['goal_met']} of {each['draws']} | "
+            f"| {each['network']} | {share(each['poison_rate'])} ({each['poisoned']}) | {auroc} | {kinds} | "
+            f"{dropped} | {share(clean[0])} ({share(clean[1])}) | {each['goal_met']} of {each['draws']} | "
             f"{share(each['tenth_poison'])} | {share(each['tenth_clean'])} |"
         )
     return "\n".join(lines) + "\n"
