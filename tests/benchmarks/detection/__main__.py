@@ -2,10 +2,10 @@
 
     python -m tests.benchmarks.detection --smoke | --cpu | --full [--only ATTACK,...] [--work FOLDER] [--jobs N]
 
-needs ../shared. Every row plants one attack in a set of photographs (CIFAR-10, unless it says another) as a
-folder of images, trains a network on it, scans, filters and trains again on the clean copy, with the command line that
-users have. Rows are independent, and done once: a run that was stopped goes on, with the row it was at from its last
-finished stage. Results: results/detection-<grid>.json and .md.
+needs ../shared. Every row plants one attack in a set of photographs (CIFAR-10, unless it says another) as a folder of
+images, trains a network on it, scans, filters and trains again on the clean copy, with the command line that users
+have. Rows are independent, and done once with the same default settings: a run that was stopped goes on, with the row
+it was at from its last finished stage. Results: results/detection-<grid>.json and .md.
 
     python -m tests.benchmarks.detection --cpu --only wanet     that row alone, with what it needs
 
@@ -34,7 +34,7 @@ import torch
 from cdclean import storage
 from tests.benchmarks.detection import table
 from tests.benchmarks.detection.attacks import ATTACKS
-from tests.benchmarks.detection.rows import Row, run
+from tests.benchmarks.detection.rows import Row, run, settings
 
 RESULTS = Path(__file__).parents[1] / "results"
 CROSS = ("badnets", "blend-noise", "wanet", "sig")  # attacks of the cross-sections
@@ -92,7 +92,7 @@ def main() -> None:
         rows = [row for row in rows if row.attack in arguments.only.split(",")]
     if arguments.network:
         rows = [row for row in rows if row.network == arguments.network]
-    todo = [row for row in rows if arguments.again or row.name not in done]
+    todo = [row for row in rows if arguments.again or done.get(row.name, {}).get("settings") != settings()]
     print(f"{len(todo)} of {len(rows)} rows to do, {jobs} at a time, on {device}; work in {arguments.work}", flush=True)
     failed = 0
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cdclean import evaluation, records, storage
+from cdclean.config import DistillConfig, fingerprint, to_dict
 from cdclean.models import Normalized
 from cdclean.verdict import judge
 from tests.benchmarks.detection import data, fitting, neighbours, networks
@@ -89,8 +90,9 @@ def run(row: Row, work: Path, device: str) -> dict[str, Any]:
         if dropped["verdict"] != "backdoor":
             dropped = _filtered(whole, folder, ["--quantile", "0.1"], is_backdoor, keys)
         found["cleaned"] = {name: dropped[name] for name in ("rule", "poison_dropped", "clean_dropped")}
-        _, kept_images, kept_labels = data.read_folder(folder / "clean")
-        again = _trained(folder / "again.safetensors", build, kept_images, kept_labels, recipe, row.seed, device)
+        kept, kept_images, kept_labels = data.read_folder(folder / "clean")
+        place = folder / f"again-{fingerprint(list(kept))[:12]}.safetensors"  # another copy, another network
+        again = _trained(place, build, kept_images, kept_labels, recipe, row.seed, device)
         found["after"] = _attacked(again, poisoned, dataset)
         _write_part(folder, keys, is_backdoor, row.seed)
         for title, flags in OBJECTIVES.items():
@@ -100,8 +102,13 @@ def run(row: Row, work: Path, device: str) -> dict[str, Any]:
         found["scores"] |= _neighbours(victim, images, labels, is_backdoor, row, whole, keys)
     else:
         found["density"] = _quantiles(whole)
-    found["seconds"] = round(time.monotonic() - started)
+    found |= {"seconds": round(time.monotonic() - started), "settings": settings()}
     return found
+
+
+def settings() -> str:
+    """What the scans of a row depend on beside the row; with other defaults it has to be done again."""
+    return fingerprint(to_dict(DistillConfig()))[:12]
 
 
 # --- Plant and train ---
