@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from cdclean.config import DistillConfig, Head, Precision
 from cdclean.errors import ModelError
 
-INDEPENDENT: tuple[Head, ...] = ("sigmoid", "sigmoid-probabilities")  # heads whose classes are yes or no, each alone
 _PROBES = 8  # images that tell what the outputs are
 
 

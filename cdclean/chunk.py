@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from cdclean import records, schema, storage
-from cdclean.answers import INDEPENDENT
-from cdclean.config import DistillConfig, ModelSpec, Objective, Precision
+from cdclean.config import INDEPENDENT, DistillConfig, ModelSpec, Objective, Precision
 from cdclean.datasets import is_there
 from cdclean.datasets.reading import contents
 from cdclean.distillation import Distilled, distill

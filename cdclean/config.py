@@ -29,6 +29,7 @@ Optimizer = Literal["adamw", "sgd"]
 TrainPrecision = Literal["auto", "fp32", "bf16"]
 
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
+INDEPENDENT: tuple[Head, ...] = ("sigmoid", "sigmoid-probabilities")  # heads whose classes are yes or no, each alone
 # A full mask costs so much: nats for probabilities, standard deviations of the reference for the other two.
 AREA_COST: dict[str, float] = {"probabilities": 6.0, "logits": 0.5, "features": 0.5}
 

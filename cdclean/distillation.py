@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.quasirandom import SobolEngine
 
-from cdclean.answers import INDEPENDENT, Answer, find_layer, frozen, recognise_head
-from cdclean.config import Colours, DistillConfig, Head
+from cdclean.answers import Answer, find_layer, frozen, recognise_head
+from cdclean.config import INDEPENDENT, Colours, DistillConfig, Head
 
 
 @dataclass(frozen=True)
