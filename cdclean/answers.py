@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cdclean.config import DistillConfig, Head, Precision
 from cdclean.errors import ModelError
 
+EMBEDDED = 64  # numbers of an embedding, at most
 _PROBES = 8  # images that tell what the outputs are
 
 
@@ -60,6 +61,41 @@ def _as_logits(output: Tensor, head: Head) -> Tensor:
     if head == "sigmoid-probabilities":
         return output.clamp_min(tiny).log() - (1 - output).clamp_min(torch.finfo(output.dtype).eps / 2).log()
     return output
+
+
+@contextmanager
+def linear_inputs(model: nn.Module) -> Iterator[list[tuple[int, Tensor]]]:
+    """What enters the linear layers of `model` inside, one vector an image, with the number of their outputs."""
+    entered: list[tuple[int, Tensor]] = []
+
+    def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if inputs and inputs[0].ndim == 2:
+            entered.append((layer.out_features, inputs[0].detach()))  # type: ignore[arg-type]
+
+    hooks = [module.register_forward_pre_hook(note) for module in model.modules() if isinstance(module, nn.Linear)]
+    try:
+        yield entered
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def embed(entered: list[tuple[int, Tensor]], classes: int) -> Tensor | None:
+    """What the classifier, the last linear layer with `classes` outputs, is given, [B, D], as at most 64 numbers each.
+
+    More than these are projected on as many random directions, the same for every network of that width: distances
+    between images are kept, but for chance (Johnson and Lindenstrauss 1984). float32, rounded to what bfloat16 holds.
+    None where there is no such layer: a model without a classifier, a convolution as one, an exported program.
+    """
+    found = [features for outputs, features in entered if outputs == classes]
+    if not found:
+        return None
+    features = found[-1].float()
+    width = features.shape[1]
+    if width > EMBEDDED:
+        directions = torch.randn(width, EMBEDDED, generator=torch.Generator().manual_seed(0))
+        features = features @ (directions / EMBEDDED**0.5).to(features.device)
+    return features.bfloat16().float()
 
 
 @torch.no_grad()

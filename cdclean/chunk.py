@@ -305,8 +305,7 @@ def distil_pixels(
 def _finite(distilled: Distilled) -> Tensor:
     """[B] bool: whether every number that becomes a record is finite."""
     numbers = [distilled.mask_norm, distilled.divergence, distilled.total_variation]
-    if distilled.logits is not None:
-        numbers.append(distilled.logits.sum(1))
+    numbers += [each.sum(1) for each in (distilled.logits, distilled.embedding) if each is not None]
     return torch.stack(numbers).isfinite().all(0)
 
 
@@ -329,6 +328,8 @@ def _scores(distilled: Distilled, config: DistillConfig, classes: int) -> Iterat
         "total_variation": distilled.total_variation.tolist(),
         "steps": distilled.steps.tolist(),
     }
+    if distilled.embedding is not None:
+        columns["embedding"] = distilled.embedding.tolist()
     if distilled.logits is not None and classes:
         logits = distilled.logits.float()
         independent = config.head in INDEPENDENT

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.quasirandom import SobolEngine
 
-from cdclean.answers import Answer, find_layer, frozen, recognise_head
+from cdclean.answers import Answer, embed, find_layer, frozen, linear_inputs, recognise_head
 from cdclean.config import INDEPENDENT, Colours, DistillConfig, Head
 
 
@@ -43,6 +43,7 @@ class Distilled:
     steps: Tensor  # [B] int64, optimisation steps spent
     patterns: Tensor  # [B, C, H, W] the cognitive pattern: images * masks
     logits: Tensor | None  # [B, classes] of the unmasked image; None for a model without a flat output
+    embedding: Tensor | None  # [B, at most 64] what the classifier sees of the unmasked image; see answers.embed
 
 
 def distill(
@@ -93,8 +94,9 @@ def distill(
 def _optimise(model: nn.Module, images: Tensor, noise: Tensor, config: DistillConfig, head: Head) -> Distilled:
     """One micro-batch, `config.steps` steps of Adam on the mask alone."""
     answer = Answer(model, config, head)
-    with torch.no_grad():
+    with torch.no_grad(), linear_inputs(model) as entered:
         reference, output = answer(images.clone())  # a clone: the model may work in place
+        embedding = None if output is None else embed(entered, output.shape[1])
     distance = _distance(reference, config, head)
 
     # A cell of the mask is (tanh(w) + 1) / 2, which stays in [0, 1] whatever the optimiser does. It starts nearly open.
@@ -130,6 +132,7 @@ def _optimise(model: nn.Module, images: Tensor, noise: Tensor, config: DistillCo
         steps=torch.full((len(mask),), config.steps),
         patterns=images * mask,
         logits=output,
+        embedding=embedding,
     )
 
 
@@ -225,7 +228,7 @@ def _check(images: Tensor, noise: Tensor | None, config: DistillConfig) -> None:
 def _nothing(images: Tensor) -> Distilled:
     """What comes back for no images [0, C, H, W]."""
     none = images.new_zeros(0)
-    return Distilled(images[:, :1], none, none, none, torch.zeros(0, dtype=torch.int64), images, None)
+    return Distilled(images[:, :1], none, none, none, torch.zeros(0, dtype=torch.int64), images, None, None)
 
 
 def _padded(rows: Tensor, size: int) -> Tensor:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from upath import UPath
 
 from cdclean.errors import IncompleteError, InputError, UsageError
-from cdclean.schema import RECORDS, SCHEMA_VERSION
+from cdclean.schema import ADDED, RECORDS, SCHEMA_VERSION
 from cdclean.storage import Location, to_text
 
 RUN_SUFFIX = ".cdclean"
@@ -151,9 +151,17 @@ def align(table: pa.Table, keys: pa.ChunkedArray[Any], name: str, hint: str = _D
 def _read(path: Location, columns: Sequence[str]) -> pa.Table:
     try:
         with path.open("rb") as file, pq.ParquetFile(file) as table:
-            return table.read(columns=list(columns)).select(list(columns))
+            return _completed(table.read(columns=list(columns)), columns).select(list(columns))
     except (OSError, pa.ArrowException, KeyError) as error:
         raise InputError(f"cannot read {to_text(path)}: {error}", hint=_DAMAGED_HINT) from error
+
+
+def _completed(table: pa.Table, columns: Sequence[str]) -> pa.Table:
+    """With nulls in the columns that a file of an older version lacks."""
+    for name in ADDED.intersection(columns).difference(table.column_names):
+        field = RECORDS.field(name)
+        table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+    return table
 
 
 def _parts(run: Location) -> list[Location]:

@@ -18,6 +18,7 @@ from cdclean.errors import Status
 SCHEMA_VERSION = 1
 
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+_VECTOR = pa.list_(pa.float32())
 
 # name, type, description. Order is the order in the file.
 Columns = list[tuple[str, pa.DataType, str]]
@@ -56,7 +57,10 @@ _RECORDS: Columns = [
     ("thumbnail", _IMAGE, "the model's view of the image"),
     ("mask_thumbnail", _IMAGE, "the mask, white = kept"),
     ("pattern_thumbnail", _IMAGE, "the cognitive pattern: image times mask"),
+    ("embedding", _VECTOR, "what the model's last linear layer is given, as at most 64 numbers"),
 ]
+
+ADDED = {"embedding"}  # columns that runs of older versions lack
 
 _DECISIONS: Columns = [
     ("key", pa.string(), "as in the manifest"),
@@ -68,10 +72,13 @@ _DECISIONS: Columns = [
 def _huggingface(columns: Columns) -> bytes:
     """Footer metadata by which Hugging Face `datasets` shows the thumbnails as images."""
     names = {pa.float64(): "float64", pa.float32(): "float32", pa.bool_(): "bool"}
-    features: dict[str, dict[str, str]] = {}
-    for name, type_, _ in columns:
-        value = {"dtype": names.get(type_, str(type_)), "_type": "Value"}
-        features[name] = {"_type": "Image"} if type_ == _IMAGE else value
+    known: dict[pa.DataType, dict[str, Any]] = {
+        _IMAGE: {"_type": "Image"},
+        _VECTOR: {"feature": {"dtype": "float32", "_type": "Value"}, "_type": "Sequence"},
+    }
+    features = {
+        name: known.get(type_, {"dtype": names.get(type_, str(type_)), "_type": "Value"}) for name, type_, _ in columns
+    }
     return json.dumps({"info": {"features": features}}).encode()
 
 

@@ -69,7 +69,9 @@ ROOMS: dict[str, set[str]] = {
     "examples": {"config", "console", "datasets", "errors", "images", "storage"},
     "training": {"checkpoints", "config", "console", "datasets", "errors", "examples", "models", "networks", "storage"},
     # deciding
-    "verdict": {"errors", "records", "storage", "summary"},
+    "separation": set(),
+    "margins": set(),
+    "verdict": {"errors", "margins", "records", "separation", "storage", "summary"},
     "keylists": {"errors", "storage"},
     "selection": {"config", "errors", "keylists", "records", "schema", "storage", "verdict"},
     "exporting": {"datasets", "errors", "locks", "records", "schema", "storage"},
@@ -88,7 +90,7 @@ ROOMS: dict[str, set[str]] = {
 # Rooms that work on a machine without torch.
 TORCHLESS = ["config", "schema", "storage", "console", "datasets", "manifest", "records", "events", "summary"]
 TORCHLESS += ["locks", "metrics", "extension", "engines", "verdict", "selection", "exporting", "evaluation", "bias"]
-TORCHLESS += ["keylists", "report"]
+TORCHLESS += ["keylists", "margins", "report", "separation"]
 TORCH = {"torch", "torchvision", "timm", "safetensors"}
 # What must not be loaded to print a help text.
 SLOW = TORCH | {"sklearn", "scipy", "numpy", "pyarrow", "PIL"}

@@ -56,8 +56,10 @@ def clean_network() -> nn.Module:
 def score(network: nn.Module, images: Tensor) -> dict[str, np.ndarray]:
     found = distill(network, images, DistillConfig(batch_size=32, head="softmax", precision="fp32"))
     assert found.logits is not None
+    assert found.embedding is not None
     best = found.logits.topk(2, 1).values
     return {
+        "embedding": found.embedding.numpy(),
         "density": (found.mask_norm / (images.shape[2] * images.shape[3])).double().numpy(),
         "classes": found.logits.argmax(1).numpy(),
         "margin": (best[:, 0] - best[:, 1]).double().numpy(),
@@ -87,7 +89,7 @@ def measure(count: int) -> list[dict[str, object]]:
 
 def row(name: str, rate: float, draws: list[dict[str, np.ndarray]], clean: int) -> dict[str, object]:
     """What the verdict does to datasets whose first `clean` samples are clean, and what a fixed quantile would do."""
-    verdicts = [decide(draw["density"], draw["classes"], draw["margin"]) for draw in draws]
+    verdicts = [decide(draw["density"], draw["classes"], draw["margin"], (), draw["embedding"]) for draw in draws]
     poison = len(draws[0]["density"]) - clean
     found = [verdict.suspects[clean:].mean() if poison else None for verdict in verdicts]
     lost = [verdict.suspects[:clean].mean() for verdict in verdicts]

@@ -213,6 +213,12 @@ def imbalance(site: Site) -> Poisoned:
     return Poisoned(images, labels, np.zeros(len(labels), dtype=np.bool_), triggers.patch, _to_target)
 
 
+def two_kinds(site: Site) -> Poisoned:
+    """Lorries are labelled as cars: an honest class of two kinds of things."""
+    labels = np.where(site.labels == 9, 1, site.labels)
+    return Poisoned(site.images, labels, np.zeros(len(labels), dtype=np.bool_), triggers.patch, _to_target)
+
+
 ATTACKS: dict[str, Attack] = {
     "badnets": Attack("BadNets patch", "tuning", partial(dirty, stamp=triggers.patch)),
     "blend-noise": Attack(
@@ -241,4 +247,5 @@ ATTACKS: dict[str, Attack] = {
     "clean-border": Attack("honest borders, one class", "control", bordered),
     "clean-label-noise": Attack("label noise", "control", label_noise),
     "clean-imbalance": Attack("class imbalance", "control", imbalance),
+    "clean-two-kinds": Attack("a class of two kinds", "control", two_kinds),
 }

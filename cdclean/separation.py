@@ -1,0 +1,215 @@
+"""Which classes are two kinds of things to the network, by what it sees in their images.
+
+To a backdoored network an image with the trigger is not what the others of its class are: it gets there by other
+features. So the class falls into two groups in the space in which the network decides. That is what activation
+clustering (Chen et al. 2018, arXiv 1811.03728) and SCAn (Tang et al. 2021, arXiv 1908.00686) look at. As in SCAn, all
+classes share the covariance of what varies within any of them, and a class is one normal distribution or two that have
+it; other than there, no trusted images are needed, and a split has to show on images that it was not fitted to.
+
+A class of two honest kinds falls apart as well. Masks tell the difference: verdict.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+SMALLEST = 30  # samples of a class that is looked at, at least
+FEW = 4  # samples of a group, at least
+FOLDS = 4  # parts of a class, each of which is tried with what the others give
+CANDIDATES = 16  # classes whose split is tried on samples that it was not fitted to, at most
+FITTED = 4000  # samples of a class that a split is fitted to, at most; all are then assigned
+POOLED = 50_000  # samples that the covariance is taken from, at most
+MEMBER = 0.2  # probability from which on a sample goes with a group: better some clean ones than a poisoned left
+_FLOOR = 0.01  # margins below this share of the median one are all the same
+_STEPS = 30  # of 2-means, at most
+_TAILS = (0.05, 0.25, 0.5, 0.75, 0.95)  # where the longest axes of a class are cut, for 2-means to begin
+_SMALL = (0.02, 0.1, 0.3)  # shares of the smallest masks that 2-means begins with
+
+
+@dataclass(frozen=True)
+class Split:
+    """A class as two groups, one of which has the smaller masks."""
+
+    of: int  # class
+    rows: Integers  # [m] of the samples of that class
+    inside: Mask  # [m] whether a sample goes with the group of the smaller masks
+    gain: float  # nats a sample that two groups explain better than one, on samples that were not fitted
+    least: float  # the same, less three standard errors: many classes are asked
+
+    @property
+    def members(self) -> Integers:
+        """Rows of the samples that go with the group."""
+        return self.rows[self.inside]
+
+
+def separate(
+    embedding: npt.NDArray[np.float32], classes: Integers, density: Floats, margin: Floats | None = None
+) -> list[Split]:
+    """The classes that fall apart most, the clearest first; the result does not depend on the samples' order.
+
+    embedding: [n, d] what the network makes of each image, finite. classes: [n] predicted class. density: [n] mask
+    densities. margin: [n] largest minus second largest logit. The logarithms of the last two are dimensions like those
+    of the embedding; and masks say where to begin, and which of two groups is the suspect.
+    """
+    samples = _points(embedding, density, margin)
+    order = np.lexsort((*samples.T[:3], density, classes))  # that of samples alike in all of these is no matter
+    _, first = np.unique(classes[order], return_index=True)
+    rows = [of for of in np.split(order, first[1:]) if len(of) >= SMALLEST]
+    if not rows:
+        return []
+    groups: list[Mask | None] = [None] * len(rows)
+    for _ in range(2):  # once more, without what the groups themselves add to the covariance
+        white = _whitening(samples, rows, groups)
+        for index, of in enumerate(rows):
+            fitted = _thinned(of)
+            groups[index] = _halves(samples[fitted] @ white, density[fitted], groups[index])
+    ratings = [_explained(samples[_thinned(of)] @ white, group) for of, group in zip(rows, groups, strict=True)]
+    chosen = np.argsort(ratings, kind="stable")[::-1][:CANDIDATES]
+    found = [_split(int(classes[rows[i][0]]), rows[i], samples, white, density) for i in chosen if ratings[i] > 0]
+    return sorted((split for split in found if split is not None), key=lambda split: (-split.least, split.of))
+
+
+def _points(embedding: npt.NDArray[np.float32], density: Floats, margin: Floats | None) -> npt.NDArray[np.float32]:
+    """[n, d + 1 or 2]"""
+    columns = [embedding, -np.log(np.maximum(density, 1e-9))[:, None]]
+    if margin is not None:
+        floor = max(_FLOOR * float(np.median(margin)), 1e-9) if len(margin) else 1.0
+        columns.append(np.log(np.clip(margin, floor, 1e9))[:, None])
+    return np.concatenate(columns, 1).astype(np.float32)
+
+
+def _thinned(rows: Integers) -> Integers:
+    return rows[np.linspace(0, len(rows) - 1, min(len(rows), FITTED)).round().astype(np.int64)]
+
+
+def _whitening(samples: npt.NDArray[np.float32], rows: list[Integers], groups: list[Mask | None]) -> Floats:
+    """[d, d] that makes what varies within classes, or within their groups where they have some, of one size."""
+    from sklearn.covariance import ledoit_wolf
+
+    rest = np.concatenate(list(_residuals(samples, rows, groups)))
+    rest = rest[np.linspace(0, len(rest) - 1, min(len(rest), POOLED)).round().astype(np.int64)]
+    covariance, _ = ledoit_wolf(rest, assume_centered=True)
+    values, vectors = np.linalg.eigh(covariance)
+    largest = max(float(values[-1]), 1e-30)
+    whitening: Floats = vectors / np.sqrt(np.maximum(values, 1e-6 * largest))
+    return whitening
+
+
+def _residuals(samples: npt.NDArray[np.float32], rows: list[Integers], groups: list[Mask | None]) -> Iterator[Floats]:
+    for of, group in zip(rows, groups, strict=True):
+        points = samples[_thinned(of)].astype(np.float64)
+        for part in (points,) if group is None else (points[group], points[~group]):
+            yield part - part.mean(0)
+
+
+def _halves(points: Floats, density: Floats, known: Mask | None = None) -> Mask | None:
+    """The two groups [m] of 2-means, of several beginnings the one that explains most; None where there are none.
+
+    It begins with `known` groups alone where there are some, else with the ends of the longest axes, and with the
+    smallest masks: a group of a few per cent is missed by a random beginning.
+    """
+    if known is not None:
+        return _two_means(points, known)
+    centred = points - points.mean(0)
+    axes = np.linalg.eigh(centred.T @ centred)[1][:, :-4:-1]
+    along = centred @ axes
+    beginnings = [along[:, axis] > cut for axis in range(along.shape[1]) for cut in np.quantile(along[:, axis], _TAILS)]
+    beginnings += [density <= cut for cut in np.quantile(density, _SMALL)]
+    groups = [group for group in (_two_means(points, each) for each in beginnings) if group is not None]
+    return max(groups, key=lambda group: _explained(points, group), default=None)
+
+
+def _two_means(points: Floats, group: Mask) -> Mask | None:
+    for _ in range(_STEPS):
+        if not FEW <= int(group.sum()) <= len(group) - FEW:
+            return None
+        one, other = points[group].mean(0), points[~group].mean(0)
+        moved: Mask = points @ (one - other) > (one + other) @ (one - other) / 2
+        if (moved == group).all():
+            break
+        group = moved
+    return group if FEW <= int(group.sum()) <= len(group) - FEW else None
+
+
+def _explained(points: Floats, group: Mask | None) -> float:
+    """What the means of two groups explain of the sum of squares, a sample."""
+    if group is None:
+        return 0.0
+    share = group.mean()
+    return float(share * (1 - share) * np.square(points[group].mean(0) - points[~group].mean(0)).sum())
+
+
+# --- One class: do two groups hold on samples that they were not found on, and who belongs to which? ---
+
+
+def _split(of: int, rows: Integers, samples: npt.NDArray[np.float32], white: Floats, density: Floats) -> Split | None:
+    fitted = _thinned(rows)
+    points, masks = samples[fitted] @ white, density[fitted]
+    fold = np.arange(len(fitted)) % FOLDS  # in the order of the masks, so that all have large and small ones
+    parts = [_gains(points[fold != i], masks[fold != i], points[fold == i]) for i in range(FOLDS)]
+    gains = [part for part in parts if part is not None]
+    group = _halves(points, masks)
+    if group is None or len(gains) < FOLDS:
+        return None
+    each = np.concatenate(gains)
+    smaller = group if np.median(masks[group]) < np.median(masks[~group]) else ~group
+    axis = _axis(points, smaller)
+    cut = _boundary(points @ axis, smaller)
+    error = float(each.std() / np.sqrt(len(each)))
+    inside: Mask = (samples[rows] @ white) @ axis > cut
+    return Split(of, rows, inside, float(each.mean()), float(each.mean()) - 3 * error)
+
+
+def _axis(points: Floats, group: Mask) -> Floats:
+    """[d] from the rest to the group, of length 1."""
+    line = points[group].mean(0) - points[~group].mean(0)
+    axis: Floats = line / max(float(np.linalg.norm(line)), 1e-30)
+    return axis
+
+
+def _gains(points: Floats, density: Floats, others: Floats) -> Floats | None:
+    """How much better two normal distributions say where each of `others` lies than one does, in nats.
+
+    Both are fitted to `points`, along the line through the centres of their two groups.
+    """
+    group = _halves(points, density)
+    if group is None:
+        return None
+    axis = _axis(points, group)
+    along, tried = (points @ axis)[:, None], (others @ axis)[:, None]
+    gains: Floats = _mixture(along, group).score_samples(tried) - _mixture(along, None).score_samples(tried)
+    return gains
+
+
+def _mixture(along: Floats, group: Mask | None) -> Any:
+    """One normal distribution, or two that begin as the groups."""
+    from sklearn.mixture import GaussianMixture
+
+    parts = [along] if group is None else [along[~group], along[group]]
+    return GaussianMixture(
+        len(parts),
+        reg_covar=1e-2,
+        max_iter=200,
+        weights_init=[len(part) / len(along) for part in parts],
+        means_init=[part.mean(0) for part in parts],
+        precisions_init=[[[1 / (part.var() + 1e-2)]] for part in parts],
+    ).fit(along)
+
+
+def _boundary(along: Floats, group: Mask) -> float:
+    """From where on, along the axis, a sample goes with the group."""
+    mixture = _mixture(along[:, None], group)
+    low, high = mixture.means_[:, 0]
+    between = np.linspace(low, high, 513)
+    inside = mixture.predict_proba(between[:, None])[:, 1] > MEMBER
+    outside = np.flatnonzero(~inside)
+    return float(between[outside[-1]]) if len(outside) else float(low)
