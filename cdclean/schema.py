@@ -18,7 +18,7 @@ from cdclean.errors import Status
 SCHEMA_VERSION = 1
 
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-_VECTOR = pa.list_(pa.float32())
+_VECTOR = pa.list_(pa.field("element", pa.float32()))
 
 # name, type, description. Order is the order in the file.
 Columns = list[tuple[str, pa.DataType, str]]

@@ -61,7 +61,7 @@ def separate(
     of the embedding; and masks say where to begin, and which of two groups is the suspect.
     """
     samples = _points(embedding, density, margin)
-    order = np.lexsort((*samples.T[:3], density, classes))  # that of samples alike in all of these is no matter
+    order = np.lexsort((samples[:, -1], *samples.T[:3], density, classes))  # who is alike in all of these is alike
     _, first = np.unique(classes[order], return_index=True)
     rows = [of for of in np.split(order, first[1:]) if len(of) >= SMALLEST]
     if not rows:

@@ -63,6 +63,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rows(run: Path) -> list[dict[str, Any]]:
     """What cdclean itself reads: the truth of this file."""
     columns = ["key", "class_name", "status", "error", "bytes", "prediction", "confidence", "mask_norm", "mask_density"]
+    columns += ["embedding"]
     found: list[dict[str, Any]] = records.read_columns(run, columns).sort_by("key").to_pylist()
     assert len(found) == 3 * EACH + 1
     return found
@@ -127,6 +128,9 @@ def test_hugging_face_shows_thumbnails_as_images(run: Path, rows: list[dict[str,
     assert len(table) == len(rows)
     norms = dict(zip(table["key"], table["mask_norm"], strict=True))
     assert norms == {row["key"]: row["mask_norm"] for row in rows}
+    vectors = dict(zip(table["key"], table["embedding"], strict=True))
+    assert vectors == {row["key"]: row["embedding"] for row in rows}
+    assert {len(vector) for vector in vectors.values() if vector is not None} == {64}
     root = Path(records.load_run(run)["dataset"]["location"])
     for row in table:
         if row["status"] != "ok":

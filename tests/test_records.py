@@ -114,6 +114,18 @@ def test_columns_come_in_the_order_asked_for_and_damage_is_named(tmp_path: Path)
         read_columns(run, ["key"])
 
 
+def test_a_column_that_older_versions_did_not_write_is_empty(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "x.cdclean", NORMS, parts=2)
+    part = run / "records/part-00000.parquet"
+    table = pq.read_table(part)
+    pq.write_table(table.drop_columns(list(schema.ADDED)), part)
+    assert read_columns(run, ["embedding", "key"]).to_pydict() == {"embedding": [None] * 3, "key": list(NORMS)}
+    assert open_records(run).to_table(columns=["embedding"]).num_rows == 3
+    pq.write_table(table.drop_columns(["steps"]), part)
+    with pytest.raises(InputError, match="steps"):
+        read_columns(run, ["steps"])
+
+
 def test_other_columns_are_never_read(tmp_path: Path) -> None:
     run = write_run(tmp_path / "x.cdclean", NORMS, parts=1)
     part = run / "records/part-00000.parquet"

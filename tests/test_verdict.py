@@ -104,6 +104,69 @@ def test_the_order_of_the_samples_changes_nothing(seed: int, poison: int, rounde
     assert (moved.suspects == verdict.suspects[order]).all()
 
 
+# --- With embeddings ---
+
+
+def seen(random: np.random.Generator, scores: Scores, apart: np.ndarray, by: float = 12) -> np.ndarray:
+    """Embeddings of the samples: a place for each class, and another for the samples `apart`."""
+    _, classes, _ = scores
+    places = random.normal(0, 10, (classes.max() + 1, 16))
+    embedding = places[classes] + random.normal(0, 1, (len(classes), 16))
+    embedding[apart, 0] += by
+    return embedding.astype(np.float32)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(2, 8), st.floats(0.1, 0.6))
+def test_a_group_that_is_seen_apart_with_small_masks_is_found(seed: int, count: int, share: float) -> None:
+    random = np.random.default_rng(seed)
+    poison = round(share / (1 - share) * 120)
+    density, classes, margin = joined(bulk(random, [120] * count), planted(random, poison, 0))
+    # Masks that are small, not tiny, and margins like those of others: nothing that masks and margins tell.
+    density[-poison:] = np.exp(random.normal(-2.3, 0.3, poison))
+    margin[-poison:] = np.exp(random.normal(1, 0.5, poison))
+    apart = np.arange(len(classes) - poison, len(classes))
+    embedding = seen(random, (density, classes, margin), apart)
+    assert decide(density, classes, margin).outcome != "backdoor"
+    verdict = decide(density, classes, margin, ["first"], embedding)
+    assert verdict.outcome == "backdoor"
+    assert verdict.suspects[-poison:].mean() >= 0.98
+    assert verdict.suspects[:-poison].mean() <= 0.01
+    assert verdict.sentence.endswith(" % of class first, look like a backdoor")
+    assert verdict.cutoffs == {"first": density[verdict.suspects].max()}
+    order = random.permutation(len(density))
+    moved = decide(density[order], classes[order], margin[order], ["first"], embedding[order])
+    assert unmoved(verdict, moved)
+    assert (moved.suspects == verdict.suspects[order]).all()
+
+
+def test_an_honest_class_of_two_kinds_is_no_backdoor() -> None:
+    random = np.random.default_rng(0)
+    scores = bulk(random, [200] * 5)
+    embedding = seen(random, scores, np.arange(100))
+    verdict = decide(*scores, (), embedding)
+    assert verdict.evidence["apart"] > 0.3
+    assert (verdict.outcome, verdict.suspects.any()) == ("clean", False)
+
+
+def test_masks_that_are_only_somewhat_smaller_leave_it_unclear() -> None:
+    random = np.random.default_rng(0)
+    density, classes, margin = bulk(random, [200] * 5)
+    density[:100] *= 0.7
+    verdict = decide(density, classes, margin, ["cat"], seen(random, (density, classes, margin), np.arange(100)))
+    assert (verdict.outcome, verdict.suspects.any()) == ("unclear", False)
+    assert verdict.sentence == "Unclear: 100 samples of class cat stand apart, but not clearly enough"
+
+
+def test_a_group_of_fewer_than_eight_is_not_called_anything() -> None:
+    random = np.random.default_rng(0)
+    scores = joined(bulk(random, [100] * 8), planted(random, 6, 3))
+    verdict = decide(*scores, (), seen(random, scores, np.arange(800, 806)))
+    assert not verdict.suspects.any()
+
+
+# --- Whatever comes ---
+
 VALUES = st.sampled_from([0.0, 1e-12, 0.01, 0.2, 0.2000001, 0.9, 1.0])
 
 
@@ -253,6 +316,25 @@ def test_without_predictions_labels_tell_the_classes(tmp_path: Path) -> None:
     verdict = judge(make(tmp_path, prediction=None))
     assert verdict.outcome == "backdoor"
     assert verdict.classes[0].name == "b"
+
+
+def test_embeddings_of_a_run_are_looked_at_where_every_sample_has_one(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    random = np.random.default_rng(3)
+    for part in sorted((run / "records").iterdir()):
+        table = pq.read_table(part)
+        vectors = [
+            None if status != "ok" else (random.normal(0, 1, 4) + 12 * (int(key[2:6]) >= 300)).tolist()
+            for key, status in zip(table["key"].to_pylist(), table["status"].to_pylist(), strict=True)
+        ]
+        place = table.column_names.index("embedding")
+        column = pa.array(vectors, table.schema.field("embedding").type)
+        pq.write_table(table.set_column(place, table.schema.field("embedding"), column), part)
+    assert judge(run).evidence.keys() >= {"apart", "smaller"}
+    assert judge(run).suspects.sum() == 40
+    # One part of an older version: masks and margins it is.
+    pq.write_table(table.drop_columns(["embedding"]), part)
+    assert judge(run).evidence.keys() >= {"beyond", "rest_beyond"}
 
 
 def test_without_margins_nothing_is_dropped(tmp_path: Path) -> None:
