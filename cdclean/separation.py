@@ -31,8 +31,8 @@ POOLED = 50_000  # samples that the covariance is taken from, at most
 MEMBER = 0.2  # probability from which on a sample goes with a group: better some clean ones than a poisoned left
 _FLOOR = 0.01  # margins below this share of the median one are all the same
 _STEPS = 30  # of 2-means, at most
-_TAILS = (0.05, 0.25, 0.5, 0.75, 0.95)  # where the longest axes of a class are cut, for 2-means to begin
-_SMALL = (0.02, 0.1, 0.3)  # shares of the smallest masks that 2-means begins with
+_TAILS = (0.1, 0.5, 0.9)  # where the longest axes of a class are cut, for 2-means to begin
+_SMALL = (0.03, 0.2)  # shares of the smallest masks that 2-means begins with
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def _halves(points: Floats, density: Floats, known: Mask | None = None) -> Mask 
     if known is not None:
         return _two_means(points, known)
     centred = points - points.mean(0)
-    axes = np.linalg.eigh(centred.T @ centred)[1][:, :-4:-1]
+    axes = np.linalg.eigh(centred.T @ centred)[1][:, :-3:-1]
     along = centred @ axes
     beginnings = [along[:, axis] > cut for axis in range(along.shape[1]) for cut in np.quantile(along[:, axis], _TAILS)]
     beginnings += [density <= cut for cut in np.quantile(density, _SMALL)]
@@ -129,10 +129,11 @@ def _halves(points: Floats, density: Floats, known: Mask | None = None) -> Mask 
 
 
 def _two_means(points: Floats, group: Mask) -> Mask | None:
+    total = points.sum(0)
     for _ in range(_STEPS):
         if not FEW <= int(group.sum()) <= len(group) - FEW:
             return None
-        one, other = points[group].mean(0), points[~group].mean(0)
+        one, other = _centres(points, group, total)
         moved: Mask = points @ (one - other) > (one + other) @ (one - other) / 2
         if (moved == group).all():
             break
@@ -140,12 +141,20 @@ def _two_means(points: Floats, group: Mask) -> Mask | None:
     return group if FEW <= int(group.sum()) <= len(group) - FEW else None
 
 
+def _centres(points: Floats, group: Mask, total: Floats) -> tuple[Floats, Floats]:
+    """The means of the group and of the rest of the points, whose sum is `total`."""
+    count = int(group.sum())
+    inside = group.astype(points.dtype) @ points  # faster than a mean of rows picked out
+    return inside / count, (total - inside) / (len(points) - count)
+
+
 def _explained(points: Floats, group: Mask | None) -> float:
     """What the means of two groups explain of the sum of squares, a sample."""
     if group is None:
         return 0.0
     share = group.mean()
-    return float(share * (1 - share) * np.square(points[group].mean(0) - points[~group].mean(0)).sum())
+    one, other = _centres(points, group, points.sum(0))
+    return float(share * (1 - share) * np.square(one - other).sum())
 
 
 # --- One class: do two groups hold on samples that they were not found on, and who belongs to which? ---
@@ -171,7 +180,8 @@ def _split(of: int, rows: Integers, samples: npt.NDArray[np.float32], white: Flo
 
 def _axis(points: Floats, group: Mask) -> Floats:
     """[d] from the rest to the group, of length 1."""
-    line = points[group].mean(0) - points[~group].mean(0)
+    one, other = _centres(points, group, points.sum(0))
+    line = one - other
     axis: Floats = line / max(float(np.linalg.norm(line)), 1e-30)
     return axis
 
