@@ -65,7 +65,7 @@ def result(attack: str, **row: Any) -> dict[str, Any]:
     found |= {"before": {"accuracy": 0.7, "attack_success": 0.9}, "after": {"accuracy": 0.7, "attack_success": 0.0}}
     shares = {"poison_dropped": 0.9, "clean_dropped": 0.01}
     found |= {"auto": {"verdict": "backdoor", **shares}, "cleaned": {"rule": "--auto", **shares}}
-    return found | {"scores": {"default": score, "confidence": score}, "density": {"q0.5": 0.2}}
+    return found | {"scores": {"default": score, table.AUTO: score, "confidence": score}, "density": {"q0.5": 0.2}}
 
 
 def test_a_dataset_is_a_group_of_its_own() -> None:

@@ -20,11 +20,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from cdclean import evaluation, records, storage
+from cdclean import evaluation, records, schema, separation, storage, verdict
 from cdclean.config import DistillConfig, fingerprint, to_dict
 from cdclean.models import Normalized
-from cdclean.verdict import judge
-from tests.benchmarks.detection import data, fitting, neighbours, networks
+from tests.benchmarks.detection import data, fitting, neighbours, networks, table
 from tests.benchmarks.detection.attacks import ATTACKS, TARGET, Site
 from tests.benchmarks.detection.fitting import Recipe
 
@@ -87,6 +86,7 @@ def run(row: Row, work: Path, device: str) -> dict[str, Any]:
     found["auto"] = _filtered(whole, folder, ["--auto"], is_backdoor, keys)
     dropped = found["auto"]
     if is_backdoor.any():
+        found["scores"][table.AUTO] = _suspects_first(whole, folder / "train.csv")
         if dropped["verdict"] != "backdoor":
             dropped = _filtered(whole, folder, ["--quantile", "0.1"], is_backdoor, keys)
         found["cleaned"] = {name: dropped[name] for name in ("rule", "poison_dropped", "clean_dropped")}
@@ -107,8 +107,9 @@ def run(row: Row, work: Path, device: str) -> dict[str, Any]:
 
 
 def settings() -> str:
-    """What the scans of a row depend on beside the row; with other defaults it has to be done again."""
-    return fingerprint(to_dict(DistillConfig()))[:12]
+    """What scans and verdicts of a row depend on beside the row; with other defaults it has to be done again."""
+    thresholds = [verdict.APART, verdict.SMALLER, separation.MEMBER]
+    return fingerprint([to_dict(DistillConfig()), schema.RECORDS.names, thresholds])[:12]
 
 
 # --- Plant and train ---
@@ -223,12 +224,12 @@ def _filtered(
         raise RuntimeError(f"filter ended with {done.returncode}: {done.stderr}")
     result: dict[str, Any] = {"rule": " ".join(rule), "verdict": None, "poison_dropped": 0.0, "clean_dropped": 0.0}
     if rule[0] == "--auto":
-        verdict = judge(run)
-        result |= {"verdict": verdict.outcome, "sentence": verdict.sentence}
+        found = verdict.judge(run)
+        result |= {"verdict": found.outcome, "sentence": found.sentence}
     if done.returncode == 0:
-        table = records.read_columns(run, ["key"])
+        listed = records.read_columns(run, ["key"])
         kept = {path.relative_to(folder / "clean").as_posix() for path in (folder / "clean").glob("*/*.png")}
-        assert set(table["key"].to_pylist()) >= kept
+        assert set(listed["key"].to_pylist()) >= kept
         dropped = np.array([key not in kept for key in keys])
         if is_backdoor.any():
             result["poison_dropped"] = float(dropped[is_backdoor].mean())
@@ -241,11 +242,20 @@ def _filtered(
 
 def _measured(run: Path, truth: Path) -> dict[str, float]:
     labelled = data.read_truth(truth)
-    table = records.read_columns(run, ["key", "mask_norm", "steps"])
-    is_backdoor = np.array([labelled[key] for key in table["key"].to_pylist()])
+    listed = records.read_columns(run, ["key", "mask_norm"])
+    is_backdoor = np.array([labelled[key] for key in listed["key"].to_pylist()])
     if not is_backdoor.any():
         return {}
-    return as_metrics(-table["mask_norm"].to_numpy(), is_backdoor)
+    return as_metrics(-listed["mask_norm"].to_numpy(), is_backdoor)
+
+
+def _suspects_first(run: Path, truth: Path) -> dict[str, float]:
+    """Of the order that --auto makes: its suspects first, each part by mask norm."""
+    labelled = data.read_truth(truth)
+    listed = records.read_aligned(run, ["mask_norm"])
+    norm = listed["mask_norm"].to_numpy()
+    is_backdoor = np.array([labelled[key] for key in listed["key"].to_pylist()])
+    return as_metrics(np.where(verdict.judge(run).suspects, 0, -norm.max()) - norm, is_backdoor)
 
 
 def as_metrics(score: np.ndarray, is_backdoor: data.Mask) -> dict[str, float]:
@@ -283,8 +293,8 @@ def _neighbours(
         batch=dataset.batch,
     )
     found = {name: as_metrics(score, is_backdoor) for name, score in scores.items()}
-    table = records.read_columns(run, ["key", "mask_norm"])
-    norms = dict(zip(table["key"].to_pylist(), table["mask_norm"].to_pylist(), strict=True))
+    listed = records.read_columns(run, ["key", "mask_norm"])
+    norms = dict(zip(listed["key"].to_pylist(), listed["mask_norm"].to_pylist(), strict=True))
     mask = np.array([-norms[key] for key in keys]).argsort().argsort()
     for name in ("confidence", "margin"):
         both = mask + scores[name].argsort().argsort()

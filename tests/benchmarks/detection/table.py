@@ -11,7 +11,9 @@ from tests.benchmarks.detection.data import DATASETS
 
 Row = dict[str, Any]
 FLOOR, BEST, GOAL = 0.90, 0.95, 0.98  # of AUROC: each attack, where cleaning must work, on average
-SCORES = ("default", "logits, paper", "features, paper", "default, test set")
+AUTO = "suspects of --auto first"
+WHOLE = ("default", AUTO)  # with all metrics
+SCORES = (*WHOLE, "logits, paper", "features, paper", "default, test set")
 _METRICS = {"auroc": "AUROC", "ap": "average precision", "tpr_at_1_fpr": "TPR at 1 % FPR"}
 
 
@@ -37,7 +39,8 @@ _EXPLAINED = (
     "Each row: `python -m tests.benchmarks.detection --GRID --only ATTACK`. AUROC over the whole training set for the "
     "default and the one-pass scores, over 100 poisoned and 200 clean samples of it for the published settings, and "
     "over as many images of a test set under attack, or as there are. Settings were chosen on the attacks marked "
-    "*tuning*; the others are only reported. An attack that did not take (attack success below 50 %) is marked: what a "
+    "*tuning*; the others are only reported. *Suspects of --auto first*: the order in which `filter --auto` drops, the "
+    "rest by mask norm. An attack that did not take (attack success below 50 %) is marked: what a "
     "network has not learned it cannot betray."
 )
 
@@ -63,23 +66,22 @@ def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
 
 def _found(rows: Sequence[Row]) -> str:
     """AUROC and the like, by attack and score."""
-    head = ["attack", "", *(f"{name}: {metric}" for name in SCORES[:1] for metric in _METRICS.values()), *SCORES[1:]]
-    body = []
-    for row in rows:
-        scores = row["scores"]
-        first = [f"{scores['default'][metric]:.3f}" for metric in _METRICS]
-        rest = [f"{scores[name]['auroc']:.3f}" if name in scores else "-" for name in SCORES[1:]]
-        body.append([_title(row), row["half"], *first, *rest])
+    columns = [(name, metric) for name in WHOLE for metric in _METRICS]
+    columns += [(name, "auroc") for name in SCORES if name not in WHOLE]
+    head = ["attack", ""]
+    head += [f"{name}: {_METRICS[metric]}" if name in WHOLE else name for name, metric in columns]
+    body = [[_title(row), row["half"], *_figures([row], columns)] for row in rows]
     for half in ("tuning", "held out"):
         of = [row for row in rows if row["half"] == half]
         if of:
-            first = [f"{mean(row['scores']['default'][metric] for row in of):.3f}" for metric in _METRICS]
-            rest = [
-                f"{mean(known):.3f}" if (known := [r["scores"][n]["auroc"] for r in of if n in r["scores"]]) else "-"
-                for n in SCORES[1:]
-            ]
-            body.append([f"**mean of {len(of)}**", half, *first, *rest])
+            body.append([f"**mean of {len(of)}**", half, *_figures(of, columns)])
     return "### What is found (AUROC)\n\n" + _table(head, body)
+
+
+def _figures(rows: Sequence[Row], columns: Iterable[tuple[str, str]]) -> list[str]:
+    """The means over `rows` of these metrics of these scores; of those that have them."""
+    known = [[row["scores"][name][metric] for row in rows if name in row["scores"]] for name, metric in columns]
+    return [f"{mean(values):.3f}" if values else "-" for values in known]
 
 
 def _removed(rows: Sequence[Row]) -> str:
@@ -111,16 +113,21 @@ def _goals(rows: Sequence[Row]) -> str:
         return "No attack took."
     auroc = {_title(row): row["scores"]["default"]["auroc"] for row in took}
     below = [f"{name} {value:.3f}" for name, value in auroc.items() if value < FLOOR]
-    found = mean(row["scores"]["default"]["tpr_at_1_fpr"] for row in took)
+    found = [mean(row["scores"][name]["tpr_at_1_fpr"] for row in took) for name in WHOLE]
+    first = [row["scores"][AUTO]["auroc"] for row in took]
+    cleaned = [row["auto"] for row in took]
+    met = sum(auto["poison_dropped"] >= 0.9 and auto["clean_dropped"] <= 0.02 for auto in cleaned)
     left = [
         f"{_title(row)} {row['after']['attack_success']:.1%}"
         for row in took
         if row["scores"]["default"]["auroc"] >= BEST and row["after"]["attack_success"] > 0.02
     ]
     lines = [
-        f"- mean AUROC {mean(auroc.values()):.3f} over the {len(took)} attacks that took (goal {GOAL})",
+        f"- mean AUROC {mean(auroc.values()):.3f} over the {len(took)} attacks that took (goal {GOAL}); "
+        f"with the suspects of `--auto` first {mean(first):.3f}",
         f"- below {FLOOR}: {', '.join(below) or 'none'} (goal: none)",
-        f"- mean TPR at 1 % FPR {found:.3f} (goal 0.85)",
+        f"- mean TPR at 1 % FPR {found[0]:.3f} (goal 0.85); with the suspects of `--auto` first {found[1]:.3f}",
+        f"- `--auto` drops at least 90 % of the poison and at most 2 % of the clean samples in {met} of {len(took)}",
         f"- attack success above 2 % after cleaning, where AUROC is {BEST} or more: {', '.join(left) or 'none'}",
     ]
     return "### Goals\n\n" + "\n".join(lines)
