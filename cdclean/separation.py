@@ -30,7 +30,7 @@ FITTED = 4000  # samples of a class that a split is fitted to, at most; all are 
 POOLED = 50_000  # samples that the covariance is taken from, at most
 MEMBER = 0.2  # probability from which on a sample goes with a group: better some clean ones than a poisoned left
 _FLOOR = 0.01  # margins below this share of the median one are all the same
-_STEPS = 30  # of 2-means, at most
+_TRIAL = 5  # steps of 2-means that a beginning gets; the best of them gets more
 _TAILS = (0.1, 0.5, 0.9)  # where the longest axes of a class are cut, for 2-means to begin
 _SMALL = (0.03, 0.2)  # shares of the smallest masks that 2-means begins with
 
@@ -63,19 +63,34 @@ def separate(
     samples = _points(embedding, density, margin)
     order = np.lexsort((samples[:, -1], *samples.T[:3], density, classes))  # who is alike in all of these is alike
     _, first = np.unique(classes[order], return_index=True)
-    rows = [of for of in np.split(order, first[1:]) if len(of) >= SMALLEST]
-    if not rows:
+    every = [_gathered(rows, samples, density) for rows in np.split(order, first[1:]) if len(rows) >= SMALLEST]
+    if not every:
         return []
-    groups: list[Mask | None] = [None] * len(rows)
     for _ in range(2):  # once more, without what the groups themselves add to the covariance
-        white = _whitening(samples, rows, groups)
-        for index, of in enumerate(rows):
-            fitted = _thinned(of)
-            groups[index] = _halves(samples[fitted] @ white, density[fitted], groups[index])
-    ratings = [_explained(samples[_thinned(of)] @ white, group) for of, group in zip(rows, groups, strict=True)]
-    chosen = np.argsort(ratings, kind="stable")[::-1][:CANDIDATES]
-    found = [_split(int(classes[rows[i][0]]), rows[i], samples, white, density) for i in chosen if ratings[i] > 0]
-    return sorted((split for split in found if split is not None), key=lambda split: (-split.least, split.of))
+        white = _whitening(every)
+        for one in every:
+            points = one.points @ white
+            one.group = _halves(points, one.density) if one.group is None else _two_means(points, one.group)
+            one.explained = 0.0 if one.group is None else _explained(points, one.group)
+    every.sort(key=lambda one: -one.explained)
+    tried = [_split(int(classes[one.rows[0]]), one, samples, white) for one in every[:CANDIDATES]]
+    return sorted((split for split in tried if split is not None), key=lambda split: (-split.least, split.of))
+
+
+@dataclass
+class _Class:
+    """A class, and the samples of it that splits are fitted to: f of its m, in the order of their masks."""
+
+    rows: Integers  # [m]
+    points: npt.NDArray[np.float32]  # [f, d]
+    density: Floats  # [f]
+    group: Mask | None = None  # [f]
+    explained: float = 0.0  # by the group, a sample
+
+
+def _gathered(rows: Integers, samples: npt.NDArray[np.float32], density: Floats) -> _Class:
+    fitted = rows[np.linspace(0, len(rows) - 1, min(len(rows), FITTED)).round().astype(np.int64)]
+    return _Class(rows, samples[fitted], density[fitted])
 
 
 def _points(embedding: npt.NDArray[np.float32], density: Floats, margin: Floats | None) -> npt.NDArray[np.float32]:
@@ -87,50 +102,46 @@ def _points(embedding: npt.NDArray[np.float32], density: Floats, margin: Floats 
     return np.concatenate(columns, 1).astype(np.float32)
 
 
-def _thinned(rows: Integers) -> Integers:
-    return rows[np.linspace(0, len(rows) - 1, min(len(rows), FITTED)).round().astype(np.int64)]
-
-
-def _whitening(samples: npt.NDArray[np.float32], rows: list[Integers], groups: list[Mask | None]) -> Floats:
+def _whitening(every: list[_Class]) -> Floats:
     """[d, d] that makes what varies within classes, or within their groups where they have some, of one size."""
     from sklearn.covariance import ledoit_wolf
 
-    rest = np.concatenate(list(_residuals(samples, rows, groups)))
-    rest = rest[np.linspace(0, len(rest) - 1, min(len(rest), POOLED)).round().astype(np.int64)]
-    covariance, _ = ledoit_wolf(rest, assume_centered=True)
+    step = -(-sum(len(one.points) for one in every) // POOLED)
+    covariance, _ = ledoit_wolf(np.concatenate(list(_residuals(every, step))), assume_centered=True)
     values, vectors = np.linalg.eigh(covariance)
     largest = max(float(values[-1]), 1e-30)
     whitening: Floats = vectors / np.sqrt(np.maximum(values, 1e-6 * largest))
     return whitening
 
 
-def _residuals(samples: npt.NDArray[np.float32], rows: list[Integers], groups: list[Mask | None]) -> Iterator[Floats]:
-    for of, group in zip(rows, groups, strict=True):
-        points = samples[_thinned(of)].astype(np.float64)
-        for part in (points,) if group is None else (points[group], points[~group]):
-            yield part - part.mean(0)
+def _residuals(every: list[_Class], step: int) -> Iterator[Floats]:
+    """Distances from the mean of the class or group, of every `step`-th sample."""
+    for one in every:
+        points = one.points.astype(np.float64)
+        for part in (points,) if one.group is None else (points[one.group], points[~one.group]):
+            yield part[::step] - part.mean(0)
 
 
-def _halves(points: Floats, density: Floats, known: Mask | None = None) -> Mask | None:
-    """The two groups [m] of 2-means, of several beginnings the one that explains most; None where there are none.
+def _halves(points: Floats, density: Floats) -> Mask | None:
+    """The two groups [f] of 2-means, of several beginnings the one that explains most; None where there are none.
 
-    It begins with `known` groups alone where there are some, else with the ends of the longest axes, and with the
-    smallest masks: a group of a few per cent is missed by a random beginning.
+    Beginnings are the ends of the longest axes, and the smallest masks: a group of a few per cent is missed by a random
+    one.
     """
-    if known is not None:
-        return _two_means(points, known)
     centred = points - points.mean(0)
     axes = np.linalg.eigh(centred.T @ centred)[1][:, :-3:-1]
     along = centred @ axes
     beginnings = [along[:, axis] > cut for axis in range(along.shape[1]) for cut in np.quantile(along[:, axis], _TAILS)]
     beginnings += [density <= cut for cut in np.quantile(density, _SMALL)]
-    groups = [group for group in (_two_means(points, each) for each in beginnings) if group is not None]
-    return max(groups, key=lambda group: _explained(points, group), default=None)
+    groups = [group for each in beginnings if (group := _two_means(points, each, _TRIAL)) is not None]
+    best = max(groups, key=lambda group: _explained(points, group), default=None)
+    return None if best is None else _two_means(points, best)
 
 
-def _two_means(points: Floats, group: Mask) -> Mask | None:
+def _two_means(points: Floats, group: Mask, steps: int = 30) -> Mask | None:
+    """The groups that 2-means comes to from `group`, in `steps` at most; None where one of them vanishes."""
     total = points.sum(0)
-    for _ in range(_STEPS):
+    for _ in range(steps):
         if not FEW <= int(group.sum()) <= len(group) - FEW:
             return None
         one, other = _centres(points, group, total)
@@ -148,10 +159,8 @@ def _centres(points: Floats, group: Mask, total: Floats) -> tuple[Floats, Floats
     return inside / count, (total - inside) / (len(points) - count)
 
 
-def _explained(points: Floats, group: Mask | None) -> float:
+def _explained(points: Floats, group: Mask) -> float:
     """What the means of two groups explain of the sum of squares, a sample."""
-    if group is None:
-        return 0.0
     share = group.mean()
     one, other = _centres(points, group, points.sum(0))
     return float(share * (1 - share) * np.square(one - other).sum())
@@ -160,10 +169,9 @@ def _explained(points: Floats, group: Mask | None) -> float:
 # --- One class: do two groups hold on samples that they were not found on, and who belongs to which? ---
 
 
-def _split(of: int, rows: Integers, samples: npt.NDArray[np.float32], white: Floats, density: Floats) -> Split | None:
-    fitted = _thinned(rows)
-    points, masks = samples[fitted] @ white, density[fitted]
-    fold = np.arange(len(fitted)) % FOLDS  # in the order of the masks, so that all have large and small ones
+def _split(of: int, one: _Class, samples: npt.NDArray[np.float32], white: Floats) -> Split | None:
+    points, masks = one.points @ white, one.density
+    fold = np.arange(len(points)) % FOLDS  # in the order of the masks, so that all have large and small ones
     parts = [_gains(points[fold != i], masks[fold != i], points[fold == i]) for i in range(FOLDS)]
     gains = [part for part in parts if part is not None]
     group = _halves(points, masks)
@@ -174,8 +182,8 @@ def _split(of: int, rows: Integers, samples: npt.NDArray[np.float32], white: Flo
     axis = _axis(points, smaller)
     cut = _boundary(points @ axis, smaller)
     error = float(each.std() / np.sqrt(len(each)))
-    inside: Mask = (samples[rows] @ white) @ axis > cut
-    return Split(of, rows, inside, float(each.mean()), float(each.mean()) - 3 * error)
+    inside: Mask = samples[one.rows] @ (white @ axis) > cut
+    return Split(of, one.rows, inside, float(each.mean()), float(each.mean()) - 3 * error)
 
 
 def _axis(points: Floats, group: Mask) -> Floats:

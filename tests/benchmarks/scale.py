@@ -30,7 +30,7 @@ from cdclean import schema, storage
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
-CLASSES, PART = 1000, 8192
+CLASSES, PART, EMBEDDED = 1000, 8192, 64
 
 # Runs a command line in its own process and prints seconds and peak memory of that process.
 MEASURE = """
@@ -115,6 +115,7 @@ def make_run(run: Path, dataset: Path, samples: int) -> None:
     content["config"]["distill"] |= {"temperature": 1.0, "seed": 0}  # type: ignore[index]
     storage.write_json(run / "run.json", content)
     picture = {"bytes": _png(), "path": None}
+    places = generator.normal(0, 3, (CLASSES, EMBEDDED))
     for chunk in range(index.chunks):
         jobs = manifest.read_chunk(run / "manifest.parquet", chunk)
         count = len(jobs)
@@ -134,18 +135,28 @@ def make_run(run: Path, dataset: Path, samples: int) -> None:
             "margin": (np.where(poisoned, 12, 4) + generator.normal(0, 1, count)).astype(np.float32),
             "mask_density": density.clip(0, 1),
             "mask_norm": density.clip(0, 1) * 1024,
+            "embedding": _vectors(places[np.where(poisoned, 0, label)] + 3 * poisoned[:, None], generator),
             "thumbnail": [picture] * count,
             "mask_thumbnail": [picture] * count,
             "pattern_thumbnail": [picture] * count,
         }
         full = {name: columns.get(name, pa.nulls(count)) for name in schema.RECORDS.names}
-        table = pa.table([pa.array(full[f.name], f.type) for f in schema.RECORDS], schema=schema.RECORDS)
+        arrays = [
+            each if isinstance(each := full[f.name], pa.Array) else pa.array(each, f.type) for f in schema.RECORDS
+        ]
+        table = pa.table([array.cast(f.type) for array, f in zip(arrays, schema.RECORDS, strict=True)], schema.RECORDS)
         pq.write_table(table, run / "records" / f"part-{chunk:05d}.parquet", compression="zstd", row_group_size=256)
     (run / "summary.json").write_text(json.dumps({"finished": "2026-01-01T00:00:00+00:00", "agreement": 0.99}))
     summary = {"schema_version": 1, "finished": "2026-01-01T00:00:00+00:00", "samples": samples, "agreement": 0.99}
     summary |= {"status": {"ok": samples}, "mask_density": {}, "seconds": 1.0, "images_per_second": 1.0}
     storage.write_json(run / "summary.json", summary)
     (run / "_SUCCESS").touch()
+
+
+def _vectors(places: np.ndarray, generator: np.random.Generator) -> pa.ListArray:
+    """Embeddings about these places [n, EMBEDDED]."""
+    values = (places + generator.normal(0, 1, places.shape)).astype(np.float32)
+    return pa.ListArray.from_arrays(np.arange(len(values) + 1, dtype=np.int32) * EMBEDDED, values.ravel())
 
 
 def _png() -> bytes:
