@@ -41,14 +41,14 @@ class Split:
 
     of: int  # class
     rows: Integers  # [m] of the samples of that class
-    inside: Mask  # [m] whether a sample goes with the group of the smaller masks
+    beyond: Floats  # [m] how far into the group of the smaller masks, in standard deviations within a group; 0: between
     gain: float  # nats a sample that two groups explain better than one, on samples that were not fitted
     least: float  # the same, less three standard errors: many classes are asked
 
     @property
     def members(self) -> Integers:
-        """Rows of the samples that go with the group."""
-        return self.rows[self.inside]
+        """Rows of the samples that go with the group of the smaller masks."""
+        return self.rows[self.beyond > 0]
 
 
 def separate(
@@ -182,8 +182,8 @@ def _split(of: int, one: _Class, samples: npt.NDArray[np.float32], white: Floats
     axis = _axis(points, smaller)
     cut = _boundary(points @ axis, smaller)
     error = float(each.std() / np.sqrt(len(each)))
-    inside: Mask = samples[one.rows] @ (white @ axis) > cut
-    return Split(of, one.rows, inside, float(each.mean()), float(each.mean()) - 3 * error)
+    beyond: Floats = samples[one.rows] @ (white @ axis) - cut
+    return Split(of, one.rows, beyond, float(each.mean()), float(each.mean()) - 3 * error)
 
 
 def _axis(points: Floats, group: Mask) -> Floats:

@@ -74,10 +74,14 @@ class Verdict:
     classes: tuple[Gathering, ...]  # where the suspects gather, most of them first
     evidence: dict[str, float]  # the numbers behind it, see `decide`
     cutoffs: dict[str, float] = field(default_factory=dict)  # class -> largest mask density among its suspects
+    # [n] how far each sample of the suspects' classes is from the boundary between their two groups, in standard
+    # deviations within a group, positive for suspects; nan for samples of other classes. None where no group was found
+    # by what the network sees.
+    beyond: Floats | None = None
 
 
 def judge(run: Location) -> Verdict:
-    """The verdict on a complete run; its `suspects` are in the manifest's order, False where there is no score.
+    """The verdict on a complete run, in the manifest's order; without a score `suspects` is False and `beyond` nan.
 
     Classes are the predictions; without those the labels. Where these two agree on less than summary.AGREEMENT of the
     samples, the model has not learned the data, and all is unclear.
@@ -105,9 +109,12 @@ def judge(run: Location) -> Verdict:
     else:
         classes = rows[column].to_numpy() if known else None
         verdict = decide(density, classes, sure, names, _vectors(rows["embedding"]))
-    suspects = np.zeros(table.num_rows, np.bool_)
-    suspects[np.flatnonzero(scored.to_numpy())] = verdict.suspects
-    return replace(verdict, suspects=suspects)
+    places = np.flatnonzero(scored.to_numpy())
+    suspects, beyond = np.zeros(table.num_rows, np.bool_), np.full(table.num_rows, np.nan)
+    suspects[places] = verdict.suspects
+    if verdict.beyond is not None:
+        beyond[places] = verdict.beyond
+    return replace(verdict, suspects=suspects, beyond=None if verdict.beyond is None else beyond)
 
 
 def _vectors(column: pa.ChunkedArray[Any]) -> npt.NDArray[np.float32] | None:
@@ -178,7 +185,10 @@ def _by_features(
     evidence |= {"apart": first.split.gain, "smaller": first.smaller}
     if found:
         members = {group.split.of: group.split.members for group in found}
-        return _backdoor(members, density, classes, names, evidence)
+        beyond = np.full(count, np.nan)
+        for group in found:
+            beyond[group.split.rows] = group.split.beyond
+        return replace(_backdoor(members, density, classes, names, evidence), beyond=beyond)
     if doubtful:
         size, name = len(first.split.members), class_name(first.split.of, names)
         return _unclear(count, f"{size} samples of class {name} stand apart, but not clearly enough", evidence)

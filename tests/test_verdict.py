@@ -46,7 +46,7 @@ def joined(*parts: Scores) -> Scores:
 
 
 def unmoved(a: Verdict, b: Verdict) -> bool:
-    names = [field.name for field in dataclasses.fields(Verdict) if field.name != "suspects"]
+    names = [field.name for field in dataclasses.fields(Verdict) if field.name not in ("suspects", "beyond")]
     return all(getattr(a, name) == getattr(b, name) for name in names)
 
 
@@ -138,6 +138,11 @@ def test_a_group_that_is_seen_apart_with_small_masks_is_found(seed: int, count: 
     moved = decide(density[order], classes[order], margin[order], ["first"], embedding[order])
     assert unmoved(verdict, moved)
     assert (moved.suspects == verdict.suspects[order]).all()
+    assert verdict.beyond is not None
+    assert moved.beyond is not None
+    assert np.allclose(moved.beyond, verdict.beyond[order], equal_nan=True)
+    assert (np.isnan(verdict.beyond) == (classes != 0)).all()
+    assert ((verdict.beyond > 0) == verdict.suspects).all()
 
 
 def test_an_honest_class_of_two_kinds_is_no_backdoor() -> None:

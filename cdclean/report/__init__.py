@@ -16,9 +16,9 @@ from cdclean import __version__, records
 from cdclean.config import fingerprint
 from cdclean.errors import UsageError
 from cdclean.report import commands, figures, gathering
-from cdclean.report.figures import CutOff, percent
+from cdclean.report.figures import CutOff, Histogram, percent
 from cdclean.report.gathering import ClassTable, Decided, Item, Mask, Names, Rows, Samples, State
-from cdclean.report.rendering import render
+from cdclean.report.rendering import render, visible
 from cdclean.storage import Location, atomic_write
 from cdclean.summary import AGREEMENT
 from cdclean.verdict import Verdict, judge
@@ -26,9 +26,18 @@ from cdclean.verdict import Verdict, judge
 SAMPLES_SHOWN = 24  # a gallery
 _MOST_SHOWN = 500
 _FEW = 20  # samples, below which a histogram says nothing
+_CLASSES_DRAWN = 4  # as two groups, at most
 _ATTRIBUTES = 200  # tested rows of the table of attributes, and described ones, at most
 _WIDTHS = (560.0, 340.0)  # of the charts, on wide and on narrow screens
 _OUTCOMES = {"backdoor": "Looks like a backdoor", "clean": "No sign of a backdoor", "unclear": "Unclear"}
+_EVIDENCE = {  # of verdict.decide
+    "group": "samples in the most suspicious group",
+    "of_class": "its share of its class",
+    "apart": "nats a sample that two groups explain the class better than one",
+    "smaller": "share of the other classes’ masks that are larger than the group’s",
+    "beyond": "share of the group that is more suspicious than 99 % of the other classes",
+    "rest_beyond": "the same of the rest of its class",
+}
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,7 @@ def _context(run: Location, content: dict[str, Any], samples_shown: int, attribu
     comparable = set(names or ()).intersection(content["dataset"]["classes"])
     predicted = gathering.predicted_names(samples, names)
     galleries = []
-    for gallery in _galleries(samples, cutoffs, samples_shown):
+    for gallery in _galleries(samples, cutoffs, verdict, samples_shown):
         states = _states(gallery.rows, verdict, decided)
         items = gathering.items(run, samples, gallery.rows, predicted, states, comparable)
         words = gallery.words.format(count=f"{len(items):,}")
@@ -93,7 +102,7 @@ def _context(run: Location, content: dict[str, Any], samples_shown: int, attribu
         "store": "cdclean-" + fingerprint([content["dataset"]["location"], content["config"]])[:16],
         "slug": commands.slug(name),
         "verdict": verdict,
-        "evidence": [(name.replace("_", " "), f"{value:.4g}") for name, value in verdict.evidence.items()],
+        "evidence": [(_EVIDENCE.get(name, name), f"{value:.4g}") for name, value in verdict.evidence.items()],
         "decided": decided,
         "disagreement": summary["agreement"] if (summary["agreement"] or 1) < AGREEMENT else None,
         "words": {
@@ -107,6 +116,7 @@ def _context(run: Location, content: dict[str, Any], samples_shown: int, attribu
         "marked": int(marked.sum()),
         "cutoffs": cutoffs,
         "figures": _figures(samples, marked, cutoffs),
+        "groups": _groups(samples, verdict),
         "tables": _tables(samples, predicted, marked),
         "bias": _bias(run, attributes),
         "galleries": galleries,
@@ -120,30 +130,42 @@ def _context(run: Location, content: dict[str, Any], samples_shown: int, attribu
 
 
 def _cutoffs(verdict: Verdict, decided: Decided | None) -> list[CutOff]:
+    """Of masks. A verdict on groups has none: its suspects are not the smallest masks of all."""
+    grouped = verdict.cutoff if verdict.beyond is not None else None
     found = []
-    if decided is not None and decided.cutoff is not None:
+    if decided is not None and decided.cutoff is not None and decided.cutoff != grouped:
         found.append(CutOff(decided.cutoff, "decided", "by-decision"))
-    if verdict.cutoff is not None:
+    if verdict.cutoff is not None and verdict.beyond is None:
         found.append(CutOff(verdict.cutoff, "verdict’s", "by-verdict"))
     return found
 
 
-def _galleries(samples: Samples, cutoffs: Sequence[CutOff], count: int) -> list[Gallery]:
+def _galleries(samples: Samples, cutoffs: Sequence[CutOff], verdict: Verdict, count: int) -> list[Gallery]:
     if not len(samples.order) or not count:
         return []
-    smallest, drawn = gathering.smallest(samples, count), gathering.random(samples, count)
+    found = []
+    if verdict.beyond is not None:
+        words = "{count} of the suspects, drawn at random. Look for one mark that comes back, be it faint or all over."
+        drawn = gathering.random(samples, count, np.asarray(verdict.suspects))
+        found.append(Gallery("suspects", "Suspects", "The suspects", words, drawn))
+        words = (
+            "The suspects that are most like the rest of their class, then the rest that is most like them: where the "
+            "verdict errs, it errs here."
+        )
+        rows = gathering.borderline(verdict.beyond, count)
+        found.append(Gallery("borderline", "Borderline", "On both sides of the boundary", words, rows))
     words = "The {count} images of which the model needs least. Look for one mark that comes back."
-    found = [Gallery("smallest", "Smallest", "The smallest masks", words, smallest)]
+    found.append(Gallery("smallest", "Smallest", "The smallest masks", words, gathering.smallest(samples, count)))
     if cutoffs:
         line = cutoffs[0]
         words = (
-            f"The images just below and just above the {line.name} cut-off, {percent(line.density)}: where a cut-off "
+            f"The images just below and just above the {line.name} cut-off, {percent(line.at)}: where a cut-off "
             "errs, it errs here."
         )
-        rows = gathering.around(samples, line.density, count)
+        rows = gathering.around(samples, line.at, count)
         found.append(Gallery("around", "Cut-off", "Around the cut-off", words, rows))
     words = "{count} of all scored images, for comparison: this is what ordinary masks look like."
-    found.append(Gallery("random", "Random", "Drawn at random", words, drawn))
+    found.append(Gallery("random", "Random", "Drawn at random", words, gathering.random(samples, count)))
     return found
 
 
@@ -172,7 +194,7 @@ def _figures(samples: Samples, marked: Mask, cutoffs: Sequence[CutOff]) -> list[
     if not len(density):
         return []
     # The cut-offs and a little more; the bulk beyond them would press everything else flat.
-    edge = 1.25 * max((line.density for line in cutoffs), default=0.0)
+    edge = 1.25 * max((line.at for line in cutoffs), default=0.0)
     if int((density <= edge).sum()) < _FEW:
         edge = float(np.quantile(density, gathering.SMALLEST))
     found: list[tuple[str, str, float | None]] = [("All masks", "How many images need how much.", None)]
@@ -181,22 +203,35 @@ def _figures(samples: Samples, marked: Mask, cutoffs: Sequence[CutOff]) -> list[
     drawn = []
     for title, words, below in found:
         counts = figures.histogram(density, kinds, below=below)
-        if counts is None:
-            continue
-        scale = " The scale is logarithmic." if counts.logarithmic else ""
-        wide, narrow = (figures.draw(counts, cutoffs, width) for width in _WIDTHS)
-        edges = counts.edges.tolist()
-        rows = zip(edges[:-1], edges[1:], counts.marked.tolist(), counts.rest.tolist(), strict=True)
-        drawn.append(
-            {
-                "title": title,
-                "words": words + scale,
-                "wide": wide,
-                "narrow": narrow,
-                "rows": [row for row in rows if row[2] or row[3]],
-            }
-        )
+        if counts is not None:
+            scale = " The scale is logarithmic." if counts.logarithmic else ""
+            drawn.append(_drawn(title, words + scale, "mask density", counts, cutoffs))
     return drawn
+
+
+def _groups(samples: Samples, verdict: Verdict) -> list[dict[str, Any]]:
+    """The classes of the suspects, as two groups."""
+    if verdict.beyond is None:
+        return []
+    predictions = samples.table["prediction"].to_numpy()
+    drawn = []
+    for each in verdict.classes[:_CLASSES_DRAWN]:
+        rows = np.isfinite(verdict.beyond) & (predictions == each.index)
+        counts = figures.groups(verdict.beyond[rows], np.asarray(verdict.suspects)[rows])
+        if counts is not None:
+            words = f"{each.count:,} of the {int(rows.sum()):,} images that are predicted as it are suspects."
+            axis, line = "standard deviations from the boundary", CutOff(0.0, "boundary", "by-verdict")
+            drawn.append(_drawn(f"Class {visible(each.name)}", words, axis, counts, [line]))
+    return drawn
+
+
+def _drawn(title: str, words: str, axis: str, counts: Histogram, lines: Sequence[CutOff]) -> dict[str, Any]:
+    """What the template needs of a histogram: on wide and on narrow screens, and as a table."""
+    wide, narrow = (figures.draw(counts, lines, width) for width in _WIDTHS)
+    edges = [counts.words(edge) for edge in counts.edges.tolist()]
+    rows = zip(edges[:-1], edges[1:], counts.marked.tolist(), counts.rest.tolist(), strict=True)
+    filled = [row for row in rows if row[2] or row[3]]
+    return {"title": title, "words": words, "axis": axis, "wide": wide, "narrow": narrow, "rows": filled}
 
 
 def _numbers(

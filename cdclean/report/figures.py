@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,20 +18,21 @@ _WORD = 6.6  # about the width of a letter
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts of mask densities, of two kinds, over the same bins."""
+    """Counts of values, of two kinds, over the same bins."""
 
     edges: npt.NDArray[np.float64]  # [bins + 1], rising
     rest: npt.NDArray[np.int64]  # [bins]
     marked: npt.NDArray[np.int64]  # [bins]: dropped, or suspected
     logarithmic: bool  # whether the bins are equally wide on a log axis
     above: int  # samples beyond the last edge, which are not drawn
+    words: Callable[[float], str]  # a value as it is written
 
 
 @dataclass(frozen=True)
 class CutOff:
     """A line across the histogram."""
 
-    density: float
+    at: float  # mask density, or what else the histogram counts
     name: str  # a word or two
     kind: str  # CSS class: by-decision, by-verdict
 
@@ -106,20 +107,42 @@ def histogram(
         marked=np.histogram(clipped[kinds], edges)[0],
         logarithmic=logarithmic,
         above=int((~inside).sum()),
+        words=percent,
+    )
+
+
+def groups(beyond: npt.NDArray[np.float64], marked: npt.NDArray[np.bool_]) -> Histogram | None:
+    """Count `beyond` [n], finite: standard deviations from the boundary between two groups. The ends hold what is out.
+
+    The boundary is an edge, so that no bar stands on both sides of it.
+    """
+    if not len(beyond):
+        return None
+    low, high = np.quantile(beyond, [0.002, 0.998])
+    width = max(float(high - low), 1e-6) / BINS
+    edges = width * np.arange(math.floor(low / width), math.ceil(high / width) + 2)
+    clipped = np.clip(beyond, edges[0], np.nextafter(edges[-1], -np.inf))
+    return Histogram(
+        edges=edges,
+        rest=np.histogram(clipped[~marked], edges)[0],
+        marked=np.histogram(clipped[marked], edges)[0],
+        logarithmic=False,
+        above=0,
+        words=signed,
     )
 
 
 def draw(counts: Histogram, cutoffs: Sequence[CutOff], width: float) -> Chart:
     """The chart of `counts`: marked samples at the foot of each bar, the others on top of them."""
     edges = counts.edges
-    lines = [cutoff for cutoff in cutoffs if edges[0] <= cutoff.density <= edges[-1]]
+    lines = [cutoff for cutoff in cutoffs if edges[0] <= cutoff.at <= edges[-1]]
     top, bottom = 8.0 + _ROW * len(lines), _HEIGHT - _BELOW
     left, right = _LEFT, width - _RIGHT
     scale = np.log if counts.logarithmic else np.asarray
     start, end = float(scale(edges[0])), float(scale(edges[-1]))
 
-    def across(density: float) -> float:
-        return left + (right - left) * (float(scale(density)) - start) / (end - start)
+    def across(value: float) -> float:
+        return left + (right - left) * (float(scale(value)) - start) / (end - start)
 
     highest = int((counts.rest + counts.marked).max())
     step = _step(highest, 4)
@@ -133,7 +156,7 @@ def draw(counts: Histogram, cutoffs: Sequence[CutOff], width: float) -> Chart:
         rest, marked = int(counts.rest[index]), int(counts.marked[index])
         from_, to = float(edges[index]), float(edges[index + 1])
         x, end_x = across(from_), across(to)
-        title = f"{percent(from_)} to {percent(to)}: {rest + marked:,} samples"
+        title = f"{counts.words(from_)} to {counts.words(to)}: {rest + marked:,} samples"
         bars.append(
             Bar(
                 x=_round(x),
@@ -144,7 +167,7 @@ def draw(counts: Histogram, cutoffs: Sequence[CutOff], width: float) -> Chart:
             )
         )
     ticks = _log_ticks(edges[0], edges[-1]) if counts.logarithmic else _linear_ticks(edges[0], edges[-1])
-    marks = [Tick(_round(across(value)), percent(value)) for value in ticks]
+    marks = [Tick(_round(across(value)), counts.words(value)) for value in ticks]
     heights = [Tick(_round(up(value)), f"{value:,}") for value in range(0, tallest + 1, step)]
     return Chart(
         width=width,
@@ -156,7 +179,7 @@ def draw(counts: Histogram, cutoffs: Sequence[CutOff], width: float) -> Chart:
         bars=bars,
         across=_spread(marks),
         up=heights,
-        lines=[_line(cutoff, across(cutoff.density), row, right) for row, cutoff in enumerate(lines)],
+        lines=[_line(cutoff, across(cutoff.at), counts.words, row, right) for row, cutoff in enumerate(lines)],
     )
 
 
@@ -171,9 +194,14 @@ def percent(share: float) -> str:
     return f"{text}\u00a0%"
 
 
-def _line(cutoff: CutOff, x: float, row: int, right: float) -> Line:
+def signed(value: float) -> str:
+    """Standard deviations in words: -2, 0, +1.5."""
+    return "0" if abs(value) < 0.005 else f"{value:+.3g}".replace("-", "\u2212")
+
+
+def _line(cutoff: CutOff, x: float, words: Callable[[float], str], row: int, right: float) -> Line:
     """A cut-off, labelled on the side where there is room."""
-    text = f"{cutoff.name} {percent(cutoff.density)}"
+    text = f"{cutoff.name} {words(cutoff.at)}"
     anchor = "start" if x + _WORD * len(text) + 6 < right else "end"
     return Line(_round(x), 8 + _ROW * row + 10, text, anchor, cutoff.kind)
 

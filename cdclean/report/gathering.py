@@ -233,10 +233,19 @@ def around(samples: Samples, cutoff: float, count: int) -> Rows:
     return samples.order[start : middle + count - count // 2]
 
 
-def random(samples: Samples, count: int) -> Rows:
-    """Scored rows drawn at random, always the same ones, smallest mask first."""
-    chosen = np.random.default_rng(_SEED).permutation(len(samples.order))[:count]
-    return samples.order[np.sort(chosen)]
+def random(samples: Samples, count: int, among: Mask | None = None) -> Rows:
+    """Scored rows drawn at random, always the same ones, smallest mask first; `among` [samples]: only of these."""
+    order = samples.order if among is None else samples.order[among[samples.order]]
+    chosen = np.random.default_rng(_SEED).permutation(len(order))[:count]
+    return order[np.sort(chosen)]
+
+
+def borderline(beyond: npt.NDArray[np.float64], count: int) -> Rows:
+    """The rows nearest to 0 of `beyond` [samples], NaN for those of no group: half of them above it, half not."""
+    order = np.argsort(beyond, kind="stable")[: int(np.isfinite(beyond).sum())]
+    middle = int(np.searchsorted(beyond[order], 0, side="right"))
+    start = max(0, middle - count // 2)
+    return order[start : middle + count - count // 2][::-1]
 
 
 def failures(samples: Samples) -> Failures:

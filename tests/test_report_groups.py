@@ -1,0 +1,105 @@
+"""The report where the verdict found a group by what the network sees: who is shown, and what the chart counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cdclean.report import figures, gathering, write
+from cdclean.selection import select, write_decisions
+from cdclean.verdict import judge
+from tests.test_report import Page, backdoored_run, dress, load_keys, page_of, words_of
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The poisoned samples of class a are seen apart; some have masks as large as many others have."""
+    run = backdoored_run(tmp_path)
+    random = np.random.default_rng(0)
+    keys = [key for key in load_keys(run) if "broken" not in key]
+    poisoned = [key for key in keys if key.startswith("a/p")]
+    vectors = {key: (random.normal(0, 1, 6) + 10 * (key in poisoned)).tolist() for key in keys}
+    density = {key: random.uniform(3, 12) for key in poisoned}
+    norms = {key: density.get(key, float(random.uniform(10, 60))) for key in keys}
+    return dress(run, {"embedding": vectors, "mask_norm": norms})
+
+
+def shown(page: Page, section: str) -> set[str]:
+    """Keys of the samples in a gallery."""
+    within, keys = "", set()
+    for tag, attributes in page.tags:
+        if tag == "section":
+            within = attributes.get("id") or ""
+        if within == section and "data-key" in attributes:
+            keys.add(str(attributes["data-key"]).strip('"'))
+    return keys
+
+
+def test_suspects_are_shown_wherever_their_masks_stand(run: Path) -> None:
+    keys, verdict = load_keys(run), judge(run)
+    suspects = {key for key, suspect in zip(keys, verdict.suspects, strict=True) if suspect}
+    assert suspects == {key for key in keys if key.startswith("a/p")}
+    page = page_of(run, samples_shown=30)
+    text = words_of(page)
+    assert "Two groups in one class" in text
+    assert "40 of the 160 images that are predicted as it are suspects." in text
+    assert "verdict’s" not in text  # a cut-off of masks says nothing here
+    assert len(shown(page, "suspects")) == 30
+    assert shown(page, "suspects") <= suspects
+    borderline = shown(page, "borderline")
+    assert len(borderline & suspects) == 15
+    assert all(key.startswith("a/") for key in borderline)
+    assert not shown(page, "around")
+
+
+def test_what_was_decided_by_auto_has_no_cut_off_either(run: Path) -> None:
+    write_decisions(run, select(run, auto=True))
+    text = words_of(page_of(run))
+    assert "40 of 401 samples are dropped" in text
+    assert "cut-off" not in text
+    write_decisions(run, select(run, quantile=0.1))
+    assert "decided cut-off" in words_of(page_of(run))
+
+
+def test_a_run_without_embeddings_has_no_groups(tmp_path: Path) -> None:
+    run = backdoored_run(tmp_path)
+    page = Page(Path(str(write(run))).read_text())
+    assert "Two groups" not in page.text
+    assert "verdict’s cut-off" in words_of(page)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(-50, 50), min_size=1, max_size=200))
+def test_the_chart_of_groups_counts_every_sample_once(values: list[float]) -> None:
+    beyond = np.array(values)
+    counts = figures.groups(beyond, beyond > 0)
+    assert counts is not None
+    assert counts.marked.sum() == (beyond > 0).sum()
+    assert counts.rest.sum() == (beyond <= 0).sum()
+    chart = figures.draw(counts, [figures.CutOff(0.0, "boundary", "by-verdict")], 560.0)
+    assert all(chart.left - 1 <= bar.x <= chart.right for bar in chart.bars)
+    assert figures.groups(np.empty(0), np.empty(0, bool)) is None
+
+
+def test_no_bar_stands_on_both_sides_of_the_boundary() -> None:
+    beyond = np.random.default_rng(0).normal(0, 2, 500)
+    counts = figures.groups(beyond, beyond > 0)
+    assert counts is not None
+    assert np.abs(counts.edges).min() < 1e-9
+    assert not (counts.marked.astype(bool) & counts.rest.astype(bool)).any()
+
+
+@given(st.lists(st.one_of(st.floats(-9, 9), st.just(float("nan"))), max_size=40), st.integers(0, 12))
+def test_borderline_takes_the_nearest_of_both_sides(values: list[float], count: int) -> None:
+    beyond = np.array(values)
+    rows = gathering.borderline(beyond, count)
+    assert np.isfinite(beyond[rows]).all()
+    inside = np.flatnonzero(beyond > 0)
+    expected = min(count - count // 2, len(inside))
+    chosen = rows[beyond[rows] > 0]
+    assert len(chosen) == expected
+    assert sorted(beyond[chosen]) == sorted(beyond[inside])[:expected]
