@@ -49,7 +49,7 @@ GROUP = 8  # samples in a group, at least
 APART = 0.1
 DOUBTFULLY_APART = 0.05  # ... and of a class that is called unclear
 # The share of the other classes' masks that are larger than one of the group, on average, less two standard errors.
-SMALLER = 0.75
+SMALLER = 0.85
 DOUBTFULLY_SMALLER = 0.65
 
 
@@ -90,7 +90,7 @@ def judge(run: Location) -> Verdict:
     """
     description = load_run(run)
     agreement = load_summary(run)["agreement"]
-    table = read_aligned(run, ["status", "mask_norm", "prediction", "margin", "label", "embedding"])
+    table = read_aligned(run, ["status", "mask_norm", "prediction", "margin", "label", "embedding", "content_hash"])
     scored = pc.equal(table["status"], pa.scalar(Status.OK.value))
     rows = table.filter(scored)
     geometry = description["model"]["geometry"]
@@ -108,7 +108,8 @@ def judge(run: Location) -> Verdict:
         verdict = _unclear(rows.num_rows, why, {"samples": rows.num_rows, "agreement": agreement})
     else:
         classes = rows[column].to_numpy() if known else None
-        verdict = decide(density, classes, sure, names, _vectors(rows["embedding"]))
+        original = _originals(rows["content_hash"]) if column == "prediction" else None
+        verdict = decide(density, classes, sure, names, _vectors(rows["embedding"]), original)
     places = np.flatnonzero(scored.to_numpy())
     suspects, beyond = np.zeros(table.num_rows, np.bool_), np.full(table.num_rows, np.nan)
     suspects[places] = verdict.suspects
@@ -125,6 +126,13 @@ def _vectors(column: pa.ChunkedArray[Any]) -> npt.NDArray[np.float32] | None:
     return vectors if vectors.size and np.isfinite(vectors).all() else None
 
 
+def _originals(hashes: pa.ChunkedArray[Any]) -> Integers:
+    """[n] the first row of each one's content; a row without a hash stands for itself."""
+    known: Any = pc.index_in(hashes, value_set=hashes)
+    rows = np.arange(len(hashes))
+    return np.where(pc.is_valid(hashes).to_numpy(), known.to_numpy(), rows).astype(np.int64)
+
+
 def model_classes(description: dict[str, Any]) -> list[str]:
     """Names of the model's classes: its own, else those of a dataset with as many, else numbers."""
     model, data = description["model"], description["dataset"]
@@ -138,6 +146,7 @@ def decide(
     margin: Floats | None = None,
     class_names: Sequence[str] = (),
     embedding: npt.NDArray[np.float32] | None = None,
+    original: Integers | None = None,
 ) -> Verdict:
     """The verdict on samples with these scores; it does not depend on their order.
 
@@ -148,6 +157,7 @@ def decide(
         classes too.
     class_names: of class 0, 1, ...; where one is missing its number is taken.
     embedding: [n, d] what the network's classifier is given, or None.
+    original: [n] the first row that holds the same image. Copies count as one: many of one image are no group.
 
     evidence: `samples` and `classes` that were compared; of the most suspicious group, if any: `group` (its size) and
     `of_class` (its share of its class). With embeddings `apart` (nats a sample by which two groups explain the class
@@ -165,16 +175,27 @@ def decide(
     if present < 2:
         return _unclear(count, "all samples are of one class, so that there is nothing to compare it with", evidence)
     if embedding is not None:
-        return _by_features(separate(embedding, classes, density, margin), density, classes, class_names, evidence)
+        once, back = np.unique(np.arange(count) if original is None else original, return_inverse=True)
+        sure = None if margin is None else margin[once]
+        splits = separate(embedding[once], classes[once], density[once], sure)
+        groups = [_Group(split, *_smaller(density[once], classes[once], split)) for split in splits]
+        return _by_features(groups, back, density, classes, class_names, evidence)
     return _by_margins(density, classes, margin, class_names, evidence)
 
 
 def _by_features(
-    splits: list[Split], density: Floats, classes: Integers, names: Sequence[str], evidence: dict[str, float]
+    groups: list[_Group],
+    back: Integers,
+    density: Floats,
+    classes: Integers,
+    names: Sequence[str],
+    evidence: dict[str, float],
 ) -> Verdict:
-    """A class in two groups, one of which has smaller masks than the other classes."""
+    """A class in two groups, one of which has smaller masks than the other classes.
+
+    `back` [n]: which of the images that were split a sample is.
+    """
     count = len(density)
-    groups = [_Group(split, *_smaller(density, classes, split)) for split in splits]
     groups = [group for group in groups if len(group.split.members) >= GROUP]
     if not groups:
         return _clean(count, evidence)
@@ -184,10 +205,11 @@ def _by_features(
     evidence |= {"group": len(first.split.members), "of_class": len(first.split.members) / len(first.split.rows)}
     evidence |= {"apart": first.split.gain, "smaller": first.smaller}
     if found:
-        members = {group.split.of: group.split.members for group in found}
-        beyond = np.full(count, np.nan)
+        beyond = np.full(int(back.max()) + 1, np.nan)
         for group in found:
             beyond[group.split.rows] = group.split.beyond
+        beyond = beyond[back]
+        members = {group.split.of: np.flatnonzero((beyond > 0) & (classes == group.split.of)) for group in found}
         return replace(_backdoor(members, density, classes, names, evidence), beyond=beyond)
     if doubtful:
         size, name = len(first.split.members), class_name(first.split.of, names)

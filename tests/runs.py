@@ -100,6 +100,8 @@ def write_run(
     url = [f"{to_text(root)}/{key}" for key in keys]
     names = [key.split("/")[0] if "/" in key else None for key in keys]
     labels = [None if name is None else classes.index(name) for name in names]
+    # Pretended files are as different as their names.
+    hashes = [hashlib.sha256(item or os.fsencode(key)).hexdigest() for key, item in zip(keys, data, strict=True)]
     chunks = [index * parts // len(keys) for index in range(len(keys))]
     common = {"key": keys, "url": url, "label": labels, "class_name": names}
     manifest = {**common, "offset": [0] * len(keys), "size": [len(item) for item in data], "chunk": chunks}
@@ -108,7 +110,10 @@ def write_run(
         "status": ["unreadable" if key in errors else "ok" for key in keys],
         "error": [errors.get(key) for key in keys],
         "bytes": [len(item) for item in data],
-        "content_hash": [hashlib.sha256(item).hexdigest() for item in data],
+        # Pretended files are as different as their names.
+        "content_hash": [
+            hashlib.sha256(item or os.fsencode(key)).hexdigest() for key, item in zip(keys, data, strict=True)
+        ],
         "mask_norm": [norms.get(key) for key in keys],
     }
     (run / "records").mkdir(parents=True)

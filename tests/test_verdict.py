@@ -123,7 +123,7 @@ def test_a_group_that_is_seen_apart_with_small_masks_is_found(seed: int, count: 
     poison = round(share / (1 - share) * 120)
     density, classes, margin = joined(bulk(random, [120] * count), planted(random, poison, 0))
     # Masks that are small, not tiny, and margins like those of others: nothing that masks and margins tell.
-    density[-poison:] = np.exp(random.normal(-2.3, 0.3, poison))
+    density[-poison:] = np.exp(random.normal(-2.6, 0.2, poison))
     margin[-poison:] = np.exp(random.normal(1, 0.5, poison))
     apart = np.arange(len(classes) - poison, len(classes))
     embedding = seen(random, (density, classes, margin), apart)
@@ -161,6 +161,27 @@ def test_masks_that_are_only_somewhat_smaller_leave_it_unclear() -> None:
     verdict = decide(density, classes, margin, ["cat"], seen(random, (density, classes, margin), np.arange(100)))
     assert (verdict.outcome, verdict.suspects.any()) == ("unclear", False)
     assert verdict.sentence == "Unclear: 100 samples of class cat stand apart, but not clearly enough"
+
+
+def test_copies_of_one_image_are_no_group_and_go_with_their_original() -> None:
+    random = np.random.default_rng(0)
+    scores = bulk(random, [200] * 5)
+    scores[0][:60], scores[2][:60] = 0.01, scores[2][0]
+    embedding = seen(random, scores, np.arange(60))
+    embedding[:60] = embedding[0]
+    original = np.arange(1000)
+    assert decide(*scores, (), embedding, original).outcome == "backdoor"
+    original[:60] = 0
+    assert decide(*scores, (), embedding, original).outcome == "clean"
+    # A group of its own, of which half are copies of the others.
+    density, classes, margin = joined(bulk(random, [200] * 5), planted(random, 30, 0))
+    embedding = seen(random, (density, classes, margin), np.arange(1000, 1030))
+    alone = decide(density, classes, margin, (), embedding)
+    rows = np.concatenate([np.arange(1030), np.arange(1000, 1030)])
+    twice = decide(density[rows], classes[rows], margin[rows], (), embedding[rows], rows)
+    assert alone.suspects.sum() == 30
+    assert (twice.suspects == alone.suspects[rows]).all()
+    assert twice.evidence["group"] == 30
 
 
 def test_a_group_of_fewer_than_eight_is_not_called_anything() -> None:

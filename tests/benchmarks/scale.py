@@ -7,6 +7,7 @@ records), runs each command in a process of its own, and writes results/scale.{j
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -129,7 +130,7 @@ def make_run(run: Path, dataset: Path, samples: int) -> None:
             "class_name": [job.class_name for job in jobs],
             "status": ["ok"] * count,
             "bytes": [job.size for job in jobs],
-            "content_hash": ["ef797c8118f02dfb649607dd5d3f8c7623048c9c063d532cc95c5ed7a898a64f"] * count,
+            "content_hash": [hashlib.sha256(job.key.encode()).hexdigest() for job in jobs],
             "prediction": np.where(poisoned, 0, label),
             "confidence": generator.uniform(0.6, 1, count).astype(np.float32),
             "margin": (np.where(poisoned, 12, 4) + generator.normal(0, 1, count)).astype(np.float32),
