@@ -110,10 +110,7 @@ def write_run(
         "status": ["unreadable" if key in errors else "ok" for key in keys],
         "error": [errors.get(key) for key in keys],
         "bytes": [len(item) for item in data],
-        # Pretended files are as different as their names.
-        "content_hash": [
-            hashlib.sha256(item or os.fsencode(key)).hexdigest() for key, item in zip(keys, data, strict=True)
-        ],
+        "content_hash": hashes,
         "mask_norm": [norms.get(key) for key in keys],
     }
     (run / "records").mkdir(parents=True)
