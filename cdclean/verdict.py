@@ -7,16 +7,13 @@ class prove nothing either: it may hold two kinds of things. So each class is as
 groups by what the network sees in the images (separation.py)? And are the masks of one of them smaller than those of
 most images of the other classes?
 
-Runs without embeddings (of older versions, of models without a linear classifier) are judged by masks and margins.
-Does a class hold samples whose masks are smaller and whose margins are larger than almost all there is in the other
-classes? And are these a group of their own, beside a bulk that is as it is elsewhere? A class that is shifted as a
-whole has no such bulk, and the tail of a class is no group: where a mixture of normal distributions is fitted to the
-class, no component of it lies mostly out there. This finds less, and is unclear about more.
+Runs without embeddings (of older versions, of models without a linear classifier) are judged by masks and margins, see
+margins.py. That finds less, and is unclear about more.
 
-The thresholds were chosen on the scores of six backdoored and four clean small networks, and tried on seven others.
-What they find of the attacks on CIFAR-10 stands in tests/benchmarks/results/detection-cpu.md, and of public networks
-at 1 to 10 % poison in verdict.md there. A trigger that the network sees as it sees the class itself ends as "unclear"
-or unseen: no sign is no proof.
+The thresholds were chosen with thirteen attacks, clean networks and honest oddities in view, all of small networks;
+what they find there stands in tests/benchmarks/results/detection-cpu.md, and of public networks at 1 to 10 % poison in
+verdict.md beside it. A trigger that the network sees as it sees the class itself ends as "unclear" or unseen: no sign
+is no proof.
 """
 
 from __future__ import annotations

@@ -39,7 +39,8 @@ _EXPLAINED = (
     "Each row: `python -m tests.benchmarks.detection --GRID --only ATTACK`. AUROC over the whole training set for the "
     "default and the one-pass scores, over 100 poisoned and 200 clean samples of it for the published settings, and "
     "over as many images of a test set under attack, or as there are. Settings were chosen on the attacks marked "
-    "*tuning*; the others are only reported. *Suspects of --auto first*: the order in which `filter --auto` drops, the "
+    "*tuning*; the others are only reported. The thresholds of `--auto` were chosen with all of them in view. "
+    "*Suspects of --auto first*: the order in which `filter --auto` drops, the "
     "rest by mask norm. An attack that did not take (attack success below 50 %) is marked: what a "
     "network has not learned it cannot betray."
 )
