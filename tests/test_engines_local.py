@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import multiprocessing
 import os
 import random
 import signal
@@ -259,3 +261,22 @@ def test_a_pause_of_everybody_is_not_silence(tmp_path: Path) -> None:
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
     assert process.communicate(timeout=60) == (b"", b"")
+
+
+@pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(), reason="processes are spawned here")
+def test_what_is_prepared_is_imported_once_for_all() -> None:
+    """In an interpreter of its own: there is one server a process, and tests have started it."""
+    code = """
+import multiprocessing
+from cdclean.engines import local
+local.prepare("colorsys")
+ask = "('colorsys' in __import__('sys').modules, __import__('os').getppid())"
+if __name__ == "__main__":
+    with multiprocessing.get_context("forkserver").Pool(2) as pool:
+        print(pool.map(eval, [ask] * 2))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    (first, server), (second, same) = ast.literal_eval(done.stdout)
+    assert first
+    assert second
+    assert server == same != os.getpid()

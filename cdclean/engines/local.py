@@ -1,4 +1,8 @@
-"""Many devices of one machine: one spawned process each, which pulls a chunk whenever it is free.
+"""Many devices of one machine: one process each, which pulls a chunk whenever it is free.
+
+Processes are forked from one that has imported what they need and done nothing else (multiprocessing's fork server):
+that costs seconds once, not once a process, and can begin before there is anything to score. Where the system has no
+such thing, each is spawned.
 
 A process that dies, or says nothing for too long, is replaced. Its chunk goes back to the schedule, which finds out
 whether a sample is to blame. When the parent goes, the processes go.
@@ -14,9 +18,9 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from multiprocessing import connection, get_context, parent_process, resource_tracker
+from multiprocessing import connection, get_all_start_methods, get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from cdclean.engines.outcomes import DismissedError, Failure, attempt
@@ -27,6 +31,7 @@ _TICK = 1.0  # seconds of waiting after which the silent are counted
 _GRACE = 3.0  # seconds that a process has to leave in when it is told to
 _STILLBORN = 3  # processes in a row that die on a device before they are ready, until it is used no more
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_FORKED = "forkserver" in get_all_start_methods()
 
 
 def run_chunks(
@@ -88,7 +93,7 @@ class _Seat:
     """A place for one process on one device."""
 
     device: str
-    process: SpawnProcess | None = None
+    process: BaseProcess | None = None
     pipe: Connection | None = None
     ready: bool = False  # the process has finished a task: it can load the model
     busy: bool = False  # it has a task
@@ -192,11 +197,23 @@ def _cause(code: int | None) -> str:
 # --- Processes: how they begin and end ---
 
 
+def prepare(module: str) -> None:
+    """Begin to import `module`, where the workers to come are defined, beside whatever this process does next."""
+    if _FORKED:
+        from multiprocessing import forkserver
+
+        get_context("forkserver").set_forkserver_preload([module])  # of no effect where the server runs already
+        resource_tracker.ensure_running()  # it would unblock the signals
+        with _blocked(_SIGNALS):  # in the server too, and in those who are forked from it, until they ignore them
+            forkserver.ensure_running()
+
+
 def _start(seat: _Seat, worker: Worker[Any]) -> None:
-    context = get_context("spawn")
+    context = get_context("forkserver") if _FORKED else get_context("spawn")
     seat.pipe, theirs = context.Pipe()
     seat.process = context.Process(target=_work, args=(theirs, worker), daemon=True)
-    resource_tracker.ensure_running()  # it would unblock the signals
+    prepare(type(worker).__module__)
+    resource_tracker.ensure_running()
     # Blocked until the child ignores them, and until this process knows that it has a child.
     with _blocked(_SIGNALS), theirs, _script_hidden():
         seat.process.start()
