@@ -82,6 +82,11 @@ def test_a_dataset_is_a_group_of_its_own() -> None:
     assert "**mean of 2**" in groups[1]  # results from before there were datasets are CIFAR-10's
 
 
+def test_another_draw_is_a_group_of_its_own() -> None:
+    _, *groups = table.markdown("cpu", [result("badnets"), result("badnets", seed=1)]).split("\n## ")
+    assert [group.splitlines()[0].endswith(", seed 1") for group in groups] == [False, True]
+
+
 def test_a_cascade_ranks_by_the_full_run_first_and_the_others_behind() -> None:
     short, full = np.array([5.0, 1.0, 3.0, 9.0]), np.array([2.0, 8.0, 4.0, 1.0])
     norms = cascade(short, full, 0.5)  # the two smallest of the short run: numbers 1 and 2

@@ -8,6 +8,7 @@ have. Rows are independent, and done once with the same default settings: a run 
 it was at from its last finished stage. Results: results/detection-<grid>.json and .md.
 
     python -m tests.benchmarks.detection --cpu --only wanet     that row alone, with what it needs
+    python -m tests.benchmarks.detection --cpu --seed 1         the same on another draw
 
 --smoke  two attacks and a clean control, 5,000 images: minutes
 --cpu    every attack and control at 5 %: first on 10,000 images with 0.3 million parameters, then on 20,000 with 1.2
@@ -24,6 +25,7 @@ import tempfile
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from datetime import UTC, datetime
 from multiprocessing import get_context
 from pathlib import Path
@@ -77,6 +79,7 @@ def main() -> None:
         which.add_argument(f"--{name}", dest="grid", action="store_const", const=name)
     parser.add_argument("--only", help="attacks, separated by commas")
     parser.add_argument("--network", help="rows with this network alone")
+    parser.add_argument("--seed", type=int, default=0, help="of images, poison and training; default: 0")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "cdclean-detection")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--jobs", type=int, help="rows at a time; default: one a core, or one on a GPU")
@@ -87,7 +90,7 @@ def main() -> None:
     arguments.results.mkdir(parents=True, exist_ok=True)  # now, not when the first row is done
     place = arguments.results / f"detection-{arguments.grid}.json"
     done: dict[str, Any] = json.loads(place.read_text()) if place.exists() else {}
-    rows = list(GRIDS[arguments.grid]())
+    rows = [replace(row, seed=arguments.seed) for row in GRIDS[arguments.grid]()]
     if arguments.only:
         rows = [row for row in rows if row.attack in arguments.only.split(",")]
     if arguments.network:

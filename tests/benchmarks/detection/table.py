@@ -49,9 +49,10 @@ _EXPLAINED = (
 def _setting(row: Row) -> str:
     about = {"dataset": "cifar10", **row["row"]}  # which older results do not name
     dataset = DATASETS[about["dataset"]]
+    seed = f", seed {about['seed']}" if about["seed"] else ""
     return (
         f"{about['network']}, {about['recipe']} recipe, {about['epochs']} epochs, {about['samples']:,} images "
-        f"of {dataset.title}, {dataset.size} px, {about['rate']:.0%} poison"
+        f"of {dataset.title}, {dataset.size} px, {about['rate']:.0%} poison{seed}"
     )
 
 
