@@ -12,20 +12,12 @@ from hypothesis import strategies as st
 from cdclean.report import figures, gathering, write
 from cdclean.selection import select, write_decisions
 from cdclean.verdict import judge
-from tests.test_report import Page, backdoored_run, dress, load_keys, page_of, words_of
+from tests.test_report import Page, backdoored_run, grouped_run, load_keys, page_of, words_of
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """The poisoned samples of class a are seen apart; some have masks as large as many others have."""
-    run = backdoored_run(tmp_path)
-    random = np.random.default_rng(0)
-    keys = [key for key in load_keys(run) if "broken" not in key]
-    poisoned = [key for key in keys if key.startswith("a/p")]
-    vectors = {key: (random.normal(0, 1, 6) + 10 * (key in poisoned)).tolist() for key in keys}
-    density = {key: random.uniform(3, 12) for key in poisoned}
-    norms = {key: density.get(key, float(random.uniform(10, 60))) for key in keys}
-    return dress(run, {"embedding": vectors, "mask_norm": norms})
+    return grouped_run(tmp_path)
 
 
 def shown(page: Page, section: str) -> set[str]:

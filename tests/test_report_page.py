@@ -18,7 +18,7 @@ from cdclean import report
 from cdclean.records import read_columns
 from cdclean.report.rendering import visible
 from cdclean.selection import select
-from tests.test_report import AWKWARD, awkward_run, backdoored_run
+from tests.test_report import AWKWARD, awkward_run, grouped_run
 
 CHROMIUM = Path("/usr/bin/chromium")
 pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason="no Chromium here")
@@ -70,7 +70,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = backdoored_run(tmp_path_factory.mktemp("plain"))
+    run = grouped_run(tmp_path_factory.mktemp("plain"))
     attributes = run.parent / "attributes.csv"
     keys = read_columns(run, ["key"])["key"].to_pylist()
     attributes.write_text("key,mark\n" + "".join(f"{key},{key[2] == 'p'}\n" for key in keys))
@@ -145,9 +145,9 @@ def test_the_page_renders(open_: Open, plain: Path) -> None:
     assert page.title() == "dataset: cdclean report"
     assert "look" in page.locator("h1").inner_text()
     assert page.locator(".chart.wide rect.marked").count() > 0
-    assert page.locator(".chart.wide line.cutoff").count() == 2
+    assert page.locator("#groups .chart.wide line.cutoff").count() == 1
     broken = page.locator("img").evaluate_all("images => images.filter(i => !i.naturalWidth).length")
-    assert (broken, page.locator("img").count()) == (0, 3 * 72)
+    assert (broken, page.locator("img").count()) == (0, 3 * 96)
     assert page.locator("tbody tr.strong").count() > 0
     for link in page.locator("nav a").all():
         target = link.get_attribute("href") or ""
@@ -215,7 +215,7 @@ def test_paper_gets_what_can_be_read_on_paper(open_: Open, plain: Path) -> None:
 def test_without_script_the_page_can_still_be_read(open_: Open, plain: Path) -> None:
     page = open_(plain, java_script_enabled=False)
     assert page.locator("noscript").is_visible()
-    assert page.locator("img").count() == 3 * 72
+    assert page.locator("img").count() == 3 * 96  # four galleries
     assert not page.locator(".marks").first.is_visible()
     assert not page.locator(".review").is_visible()
 
