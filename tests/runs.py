@@ -100,8 +100,8 @@ def write_run(
     url = [f"{to_text(root)}/{key}" for key in keys]
     names = [key.split("/")[0] if "/" in key else None for key in keys]
     labels = [None if name is None else classes.index(name) for name in names]
-    # Pretended files are as different as their names.
-    hashes = [hashlib.sha256(item or os.fsencode(key)).hexdigest() for key, item in zip(keys, data, strict=True)]
+    content = data if dataset is not None else [os.fsencode(key) for key in keys]  # pretended files differ, too
+    hashes = [hashlib.sha256(item).hexdigest() for item in content]
     chunks = [index * parts // len(keys) for index in range(len(keys))]
     common = {"key": keys, "url": url, "label": labels, "class_name": names}
     manifest = {**common, "offset": [0] * len(keys), "size": [len(item) for item in data], "chunk": chunks}
