@@ -124,10 +124,7 @@ def markdown(rows: list[dict[str, object]], about: dict[str, object]) -> str:
     lines = [f"# The verdict of `--auto`\n\n{about['machine']}, {about['versions']}, {about['date']}.", ""]
     lines += [f"{about['clean']} clean CIFAR-10 test images (original pixels), scored with the default settings; goal:"]
     lines += [f"{GOAL}. AUROC and shares are means over the draws, the worst draw in brackets; on the right what", ""]
-    lines[-2] += (
-        " `--quantile 0.1` drops of the same datasets. The thresholds were chosen with the badnets square and the"
-    )
-    lines[-2] += " clean network among others, and without the watermark."
+    lines[-2] += " `--quantile 0.1` drops of the same datasets. Thresholds were chosen with these networks in view."
     lines += [
         "| network | poison | AUROC | verdicts | poison dropped | clean dropped | goal met | 10 %: poison | clean |"
     ]
