@@ -89,6 +89,8 @@ def judge(run: Location) -> Verdict:
     agreement = load_summary(run)["agreement"]
     table = read_aligned(run, ["status", "mask_norm", "prediction", "margin", "label", "embedding", "content_hash"])
     scored = pc.equal(table["status"], pa.scalar(Status.OK.value))
+    vectors = _vectors(table["embedding"].filter(scored))
+    table = table.drop_columns(["embedding"])  # a quarter of a gigabyte for a million samples: once will do
     rows = table.filter(scored)
     geometry = description["model"]["geometry"]
     density = rows["mask_norm"].to_numpy() / (geometry["height"] * geometry["width"])
@@ -106,7 +108,7 @@ def judge(run: Location) -> Verdict:
     else:
         classes = rows[column].to_numpy() if known else None
         original = _originals(rows["content_hash"]) if column == "prediction" else None
-        verdict = decide(density, classes, sure, names, _vectors(rows["embedding"]), original)
+        verdict = decide(density, classes, sure, names, vectors, original)
     places = np.flatnonzero(scored.to_numpy())
     suspects, beyond = np.zeros(table.num_rows, np.bool_), np.full(table.num_rows, np.nan)
     suspects[places] = verdict.suspects
@@ -173,9 +175,10 @@ def decide(
         return _unclear(count, "all samples are of one class, so that there is nothing to compare it with", evidence)
     if embedding is not None:
         once, back = np.unique(np.arange(count) if original is None else original, return_inverse=True)
-        sure = None if margin is None else margin[once]
-        splits = separate(embedding[once], classes[once], density[once], sure)
-        groups = [_Group(split, *_smaller(density[once], classes[once], split)) for split in splits]
+        images = slice(None) if len(once) == count else once  # without copies of images no copy of their numbers
+        sure = None if margin is None else margin[images]
+        splits = separate(embedding[images], classes[images], density[images], sure)
+        groups = [_Group(split, *_smaller(density[images], classes[images], split)) for split in splits]
         return _by_features(groups, back, density, classes, class_names, evidence)
     return _by_margins(density, classes, margin, class_names, evidence)
 
