@@ -54,7 +54,7 @@ class Group(NamedTuple):
 
 def gather(density: Floats, classes: Integers, margin: Floats | None) -> list[Group]:
     """The most suspicious group of every class that has one, the clearest first."""
-    scores = _scores(density, margin)
+    scores = both_scores(density, margin)
     order = np.argsort(classes, kind="stable")
     present, first = np.unique(classes[order], return_index=True)
     rows = np.split(order, first[1:])
@@ -75,7 +75,12 @@ def gather(density: Floats, classes: Integers, margin: Floats | None) -> list[Gr
     return sorted(groups, key=lambda group: (-group.beyond, group.of))
 
 
-def _scores(density: Floats, margin: Floats | None) -> Floats:
+def evenly(count: int) -> Integers:
+    """FITTED of `count` rows at equal distances, or all."""
+    return np.linspace(0, count - 1, min(count, FITTED)).round().astype(np.int64)
+
+
+def both_scores(density: Floats, margin: Floats | None) -> Floats:
     """[n, 2] log margin and minus log mask density, large = suspicious; [n, 1] without margins."""
     small = -np.log(np.maximum(density, 1e-9))
     if margin is None:
@@ -105,7 +110,7 @@ def _fit(scores: Floats, beyond: Mask) -> tuple[Mask, float, float, float] | Non
 
     None where the class is one group.
     """
-    rows = np.linspace(0, len(scores) - 1, min(len(scores), FITTED)).round().astype(np.int64)
+    rows = evenly(len(scores))
     center, spread = np.median(scores, 0), np.subtract(*np.quantile(scores, [0.75, 0.25], axis=0)) / 1.349
     scores = (scores - center) / np.where(spread > 1e-9, spread, 1.0)
     mixture = _mixture(scores[rows], beyond[rows])

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from cdclean import datasets, engines, events, locks, manifest, plan, records, storage, summary
 from cdclean.config import ScanConfig
 from cdclean.console import Console
+from cdclean.datasets.intake import admitted
 from cdclean.engines import Incident
 from cdclean.errors import IncompleteError, OutputError, StoppedError
 from cdclean.metrics import Metrics
@@ -68,7 +69,7 @@ def _prepare(run: Location, settings: ScanConfig, dataset: datasets.Dataset) -> 
     """Let the processes' imports begin beside the loading of the model here, where there is work for several."""
     if (run / "_SUCCESS").exists() or not isinstance(dataset.root, Path) or not plan.asks_for_several(settings):
         return
-    if sum(1 for _ in islice(datasets.samples(dataset), _MANY)) == _MANY:
+    if sum(1 for _ in islice(admitted(dataset, settings.intake), _MANY)) == _MANY:
         engines.prepare("cdclean.chunk", settings)
 
 

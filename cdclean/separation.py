@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cdclean.margins import both_scores, evenly
+
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
@@ -26,10 +28,8 @@ SMALLEST = 30  # samples of a class that is looked at, at least
 FEW = 4  # samples of a group, at least
 FOLDS = 4  # parts of a class, each of which is tried with what the others give
 CANDIDATES = 16  # classes whose split is tried on samples that it was not fitted to, at most
-FITTED = 4000  # samples of a class that a split is fitted to, at most; all are then assigned
 POOLED = 50_000  # samples that the covariance is taken from, at most
 MEMBER = 0.2  # probability from which on a sample goes with a group: better some clean ones than a poisoned left
-_FLOOR = 0.01  # margins below this share of the median one are all the same
 _TRIAL = 5  # steps of 2-means that a beginning gets; the best of them gets more
 _TAILS = (0.1, 0.5, 0.9)  # where the longest axes of a class are cut, for 2-means to begin
 _SMALL = (0.03, 0.2)  # shares of the smallest masks that 2-means begins with
@@ -60,6 +60,8 @@ def separate(
     densities. margin: [n] largest minus second largest logit. The logarithms of the last two are dimensions like those
     of the embedding; and masks say where to begin, and which of two groups is the suspect.
     """
+    if len(classes) < SMALLEST:
+        return []
     samples = _points(embedding, density, margin)
     order = np.lexsort((samples[:, -1], *samples.T[:3], density, classes))  # who is alike in all of these is alike
     _, first = np.unique(classes[order], return_index=True)
@@ -89,17 +91,13 @@ class _Class:
 
 
 def _gathered(rows: Integers, samples: npt.NDArray[np.float32], density: Floats) -> _Class:
-    fitted = rows[np.linspace(0, len(rows) - 1, min(len(rows), FITTED)).round().astype(np.int64)]
+    fitted = rows[evenly(len(rows))]
     return _Class(rows, samples[fitted], density[fitted])
 
 
 def _points(embedding: npt.NDArray[np.float32], density: Floats, margin: Floats | None) -> npt.NDArray[np.float32]:
     """[n, d + 1 or 2]"""
-    columns = [embedding, -np.log(np.maximum(density, 1e-9))[:, None]]
-    if margin is not None:
-        floor = max(_FLOOR * float(np.median(margin)), 1e-9) if len(margin) else 1.0
-        columns.append(np.log(np.clip(margin, floor, 1e9))[:, None])
-    return np.concatenate(columns, 1).astype(np.float32)
+    return np.concatenate([embedding, both_scores(density, margin)[:, ::-1]], 1).astype(np.float32)
 
 
 def _whitening(every: list[_Class]) -> Floats:

@@ -151,9 +151,8 @@ def decide(
 
     density: [n] mask densities, in [0, 1].
     classes: [n] the predicted class of each, 0 or more, or None where nothing is known.
-    margin: [n] largest minus second largest logit, or None; asked where there is no embedding. Without either nothing
-        but masks is looked at, and what would be a backdoor is called unclear: small masks alone are found in clean
-        classes too.
+    margin: [n] largest minus second largest logit, or None. Without it and without embeddings nothing but masks is
+        looked at, and what would be a backdoor is called unclear: small masks alone are found in clean classes too.
     class_names: of class 0, 1, ...; where one is missing its number is taken.
     embedding: [n, d] what the network's classifier is given, or None.
     original: [n] the first row that holds the same image. Copies count as one: many of one image are no group.

@@ -69,8 +69,8 @@ ROOMS: dict[str, set[str]] = {
     "examples": {"config", "console", "datasets", "errors", "images", "storage"},
     "training": {"checkpoints", "config", "console", "datasets", "errors", "examples", "models", "networks", "storage"},
     # deciding
-    "separation": set(),
     "margins": set(),
+    "separation": {"margins"},
     "verdict": {"errors", "margins", "records", "separation", "storage", "summary"},
     "keylists": {"errors", "storage"},
     "selection": {"config", "errors", "keylists", "records", "schema", "storage", "verdict"},

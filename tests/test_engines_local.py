@@ -21,9 +21,15 @@ import pytest
 from cdclean.engines import local
 from cdclean.engines.tasks import Incident
 from cdclean.errors import CdcleanError, IncompleteError, OutputError
-from tests.engine_workers import Done, Scorer, alive, workers_seen, written
+from tests.engine_workers import Asked, Done, Scorer, alive, workers_seen, written
 
 TWO = ("cpu:0", "cpu:1")
+
+
+@pytest.fixture(autouse=True)
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test is the first scan of its process, which forks where that is possible."""
+    monkeypatch.setattr(local, "_server_is_free", "forkserver" in multiprocessing.get_all_start_methods())
 
 
 class Told:
@@ -36,8 +42,8 @@ class Told:
     def kinds(self) -> Counter[str]:
         return Counter(incident.kind for incident in self.incidents)
 
-    def run(self, worker: Scorer, chunks: int, devices: tuple[str, ...] = TWO, stall: float = 60.0) -> list[Done]:
-        pending = dict.fromkeys(range(chunks), worker.size)
+    def run(self, worker: Any, chunks: int, devices: tuple[str, ...] = TWO, stall: float = 60.0) -> list[Done]:
+        pending = dict.fromkeys(range(chunks), getattr(worker, "size", 1))
         return list(local.run_chunks(worker, pending, devices, self.progress, self.incidents.append, stall=stall))
 
     def progress(self, samples: int) -> None:
@@ -280,3 +286,11 @@ if __name__ == "__main__":
     assert first
     assert second
     assert server == same != os.getpid()
+
+
+def test_a_later_scan_has_the_environment_of_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Asked(tmp_path / "found", "CDCLEAN_TEST_CREDENTIALS")
+    Told().run(worker, 1)
+    monkeypatch.setenv(worker.name, "renewed")
+    Told().run(worker, 1)
+    assert worker.file.read_text() == "renewed"

@@ -2,7 +2,7 @@
 
 Processes are forked from one that has imported what they need and done nothing else (multiprocessing's fork server):
 that costs seconds once, not once a process, and can begin before there is anything to score. Where the system has no
-such thing, each is spawned.
+such thing, and where an earlier scan of this process has used it, each is spawned.
 
 A process that dies, or says nothing for too long, is replaced. Its chunk goes back to the schedule, which finds out
 whether a sample is to blame. When the parent goes, the processes go.
@@ -31,7 +31,7 @@ _TICK = 1.0  # seconds of waiting after which the silent are counted
 _GRACE = 3.0  # seconds that a process has to leave in when it is told to
 _STILLBORN = 3  # processes in a row that die on a device before they are ready, until it is used no more
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_FORKED = "forkserver" in get_all_start_methods()
+_server_is_free = "forkserver" in get_all_start_methods()
 
 
 def run_chunks(
@@ -57,6 +57,8 @@ def run_chunks(
     seats = [_Seat(device) for device in devices]
     first = next(iter(pending), 0)
     heard = time.monotonic()
+    prepare(type(worker).__module__)
+    forked = _take_server()
     try:
         while not schedule.done:
             if all(seat.retired for seat in seats):
@@ -64,7 +66,7 @@ def run_chunks(
                     f"{_STILLBORN} workers in a row have died on each device before they were ready to score",
                     hint="They say why above.",
                 )
-            _fill(seats, worker, Task(first, rows=(0, 0)), schedule)
+            _fill(seats, worker, Task(first, rows=(0, 0)), schedule, forked)
             _wait(seats)
             now = time.monotonic()
             # A pause of this process itself is not the workers' silence: one turn counts as one tick at most.
@@ -123,7 +125,7 @@ class _Seat:
             return  # it ends with a half message if the process was killed while it was sending
 
 
-def _fill(seats: list[_Seat], worker: Worker[Any], prepare: Task, schedule: Schedule) -> None:
+def _fill(seats: list[_Seat], worker: Worker[Any], prepare: Task, schedule: Schedule, forked: bool) -> None:
     """Give a task to whoever is free; start as many processes as there are tasks left."""
     starting = 0
     for seat in seats:
@@ -134,7 +136,7 @@ def _fill(seats: list[_Seat], worker: Worker[Any], prepare: Task, schedule: Sche
     for seat in seats:
         if seat.process is None and not seat.retired and starting < schedule.waiting:
             starting += 1
-            _start(seat, replace(worker, device=seat.device))
+            _start(seat, replace(worker, device=seat.device), forked)
             seat.give(prepare)
 
 
@@ -199,7 +201,7 @@ def _cause(code: int | None) -> str:
 
 def prepare(module: str) -> None:
     """Begin to import `module`, where the workers to come are defined, beside whatever this process does next."""
-    if _FORKED:
+    if _server_is_free:
         from multiprocessing import forkserver
 
         get_context("forkserver").set_forkserver_preload([module])  # of no effect where the server runs already
@@ -208,12 +210,21 @@ def prepare(module: str) -> None:
             forkserver.ensure_running()
 
 
-def _start(seat: _Seat, worker: Worker[Any]) -> None:
-    context = get_context("forkserver") if _FORKED else get_context("spawn")
+def _take_server() -> bool:
+    """Whether processes are to be forked: from a server that has been started for these chunks.
+
+    A server keeps the environment that it was started with, and credentials change: later calls spawn.
+    """
+    global _server_is_free
+    taken, _server_is_free = _server_is_free, False
+    return taken
+
+
+def _start(seat: _Seat, worker: Worker[Any], forked: bool) -> None:
+    context = get_context("forkserver") if forked else get_context("spawn")
     seat.pipe, theirs = context.Pipe()
     seat.process = context.Process(target=_work, args=(theirs, worker), daemon=True)
-    prepare(type(worker).__module__)
-    resource_tracker.ensure_running()
+    resource_tracker.ensure_running()  # it would unblock the signals
     # Blocked until the child ignores them, and until this process knows that it has a child.
     with _blocked(_SIGNALS), theirs, _script_hidden():
         seat.process.start()

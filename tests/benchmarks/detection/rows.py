@@ -6,6 +6,7 @@ Every stage leaves its result in the row's folder, so that a row that was stoppe
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -66,6 +67,7 @@ def run(row: Row, work: Path, device: str) -> dict[str, Any]:
     started = time.monotonic()
     folder = work / row.name
     folder.mkdir(parents=True, exist_ok=True)
+    _forget_other_settings(folder)
     recipe: Recipe = getattr(fitting, row.recipe)(row.epochs)
     dataset = data.DATASETS[row.dataset]
     build = partial(_untrained, row.network, dataset)
@@ -110,6 +112,15 @@ def settings() -> str:
     """What scans and verdicts of a row depend on beside the row; with other defaults it has to be done again."""
     thresholds = [verdict.APART, verdict.SMALLER, separation.MEMBER]
     return fingerprint([to_dict(DistillConfig()), schema.RECORDS.names, thresholds])[:12]
+
+
+def _forget_other_settings(folder: Path) -> None:
+    """Remove scans that were made with other settings; data and networks do not depend on them."""
+    stamp = folder / "settings"
+    if not stamp.exists() or stamp.read_text() != settings():
+        for run in folder.glob("*.cdclean"):
+            shutil.rmtree(run)
+        stamp.write_text(settings())
 
 
 # --- Plant and train ---

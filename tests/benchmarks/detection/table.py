@@ -115,8 +115,8 @@ def _goals(rows: Sequence[Row]) -> str:
         return "No attack took."
     auroc = {_title(row): row["scores"]["default"]["auroc"] for row in took}
     below = [f"{name} {value:.3f}" for name, value in auroc.items() if value < FLOOR]
-    found = [mean(row["scores"][name]["tpr_at_1_fpr"] for row in took) for name in WHOLE]
-    first = [row["scores"][AUTO]["auroc"] for row in took]
+    found = _figures(took, [(name, "tpr_at_1_fpr") for name in WHOLE])
+    (first,) = _figures(took, [(AUTO, "auroc")])
     cleaned = [row["auto"] for row in took]
     met = sum(auto["poison_dropped"] >= 0.9 and auto["clean_dropped"] <= 0.02 for auto in cleaned)
     left = [
@@ -126,9 +126,9 @@ def _goals(rows: Sequence[Row]) -> str:
     ]
     lines = [
         f"- mean AUROC {mean(auroc.values()):.3f} over the {len(took)} attacks that took (goal {GOAL}); "
-        f"with the suspects of `--auto` first {mean(first):.3f}",
+        f"with the suspects of `--auto` first {first}",
         f"- below {FLOOR}: {', '.join(below) or 'none'} (goal: none)",
-        f"- mean TPR at 1 % FPR {found[0]:.3f} (goal 0.85); with the suspects of `--auto` first {found[1]:.3f}",
+        f"- mean TPR at 1 % FPR {found[0]} (goal 0.85); with the suspects of `--auto` first {found[1]}",
         f"- `--auto` drops at least 90 % of the poison and at most 2 % of the clean samples in {met} of {len(took)}",
         f"- attack success above 2 % after cleaning, where AUROC is {BEST} or more: {', '.join(left) or 'none'}",
     ]
