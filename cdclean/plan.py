@@ -287,14 +287,6 @@ def resolve_devices(settings: ScanConfig) -> list[str]:
     return [devices[number % len(devices)] for number in range(count)]
 
 
-def asks_for_several(settings: ScanConfig) -> bool:
-    """Whether there will be several processes if there is enough to do; known before anything but torch is loaded."""
-    import torch
-
-    gpus = 0 if settings.device == "cpu" else torch.cuda.device_count()
-    return (settings.workers or gpus or _cores()) > 1
-
-
 def _cores() -> int:
     """Cores that this process may use, as far as there is memory for a process on each."""
     try:

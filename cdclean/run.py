@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,12 @@ import pyarrow.parquet as pq
 from cdclean import datasets, engines, events, locks, manifest, plan, records, storage, summary
 from cdclean.config import ScanConfig
 from cdclean.console import Console
-from cdclean.datasets.intake import admitted
 from cdclean.engines import Incident
 from cdclean.errors import IncompleteError, OutputError, StoppedError
 from cdclean.metrics import Metrics
 from cdclean.storage import Location
 
 _WORTH_STARTING = 1 << 20  # pixels of the model's input: with fewer, processes would hardly be ready in time
-_MANY = 1024  # samples that are worth it in any size of input, from 32 x 32 on
 _EARLY = 64  # samples after which the agreement is first looked at
 
 
@@ -49,7 +46,6 @@ def scan(settings: ScanConfig, console: Console | None = None) -> Location:
         raise OutputError(
             f"cannot create {storage.to_text(run)}: {error.strerror or error}", hint="Name another with --out."
         ) from error
-    _prepare(run, settings, dataset)
     metrics = Metrics(Path(settings.metrics_file) if settings.metrics_file else None, storage.to_text(run))
     with _reported(metrics):
         # The shards of a run wait for each other here: the first one lists the samples, the last one sums up.
@@ -63,14 +59,6 @@ def scan(settings: ScanConfig, console: Console | None = None) -> Location:
             with locks.lock(run, wait=math.inf):
                 _finish(run, settings, content, console)
     return run
-
-
-def _prepare(run: Location, settings: ScanConfig, dataset: datasets.Dataset) -> None:
-    """Let the processes' imports begin beside the loading of the model here, where there is work for several."""
-    if (run / "_SUCCESS").exists() or not isinstance(dataset.root, Path) or not plan.asks_for_several(settings):
-        return
-    if sum(1 for _ in islice(admitted(dataset, settings.intake), _MANY)) == _MANY:
-        engines.prepare("cdclean.chunk", settings)
 
 
 @contextmanager

@@ -21,20 +21,6 @@ class Done:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """Writes what a variable of its environment holds."""
-
-    file: Path
-    name: str
-    device: str = "cpu"
-
-    def __call__(self, task: Task, progress: Callable[[int], object]) -> Done:
-        progress(0)
-        self.file.write_text(os.environ.get(self.name, ""))
-        return Done(task.chunk, 1)
-
-
-@dataclass(frozen=True)
 class Scorer:
     """Writes the row numbers and statuses of a chunk into a file; before that, does to itself what `traps` says."""
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import multiprocessing
 import os
 import random
 import signal
@@ -21,15 +19,9 @@ import pytest
 from cdclean.engines import local
 from cdclean.engines.tasks import Incident
 from cdclean.errors import CdcleanError, IncompleteError, OutputError
-from tests.engine_workers import Asked, Done, Scorer, alive, workers_seen, written
+from tests.engine_workers import Done, Scorer, alive, workers_seen, written
 
 TWO = ("cpu:0", "cpu:1")
-
-
-@pytest.fixture(autouse=True)
-def forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test is the first scan of its process, which forks where that is possible."""
-    monkeypatch.setattr(local, "_server_is_free", "forkserver" in multiprocessing.get_all_start_methods())
 
 
 class Told:
@@ -42,8 +34,8 @@ class Told:
     def kinds(self) -> Counter[str]:
         return Counter(incident.kind for incident in self.incidents)
 
-    def run(self, worker: Any, chunks: int, devices: tuple[str, ...] = TWO, stall: float = 60.0) -> list[Done]:
-        pending = dict.fromkeys(range(chunks), getattr(worker, "size", 1))
+    def run(self, worker: Scorer, chunks: int, devices: tuple[str, ...] = TWO, stall: float = 60.0) -> list[Done]:
+        pending = dict.fromkeys(range(chunks), worker.size)
         return list(local.run_chunks(worker, pending, devices, self.progress, self.incidents.append, stall=stall))
 
     def progress(self, samples: int) -> None:
@@ -267,30 +259,3 @@ def test_a_pause_of_everybody_is_not_silence(tmp_path: Path) -> None:
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
     assert process.communicate(timeout=60) == (b"", b"")
-
-
-@pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(), reason="processes are spawned here")
-def test_what_is_prepared_is_imported_once_for_all() -> None:
-    """In an interpreter of its own: there is one server a process, and tests have started it."""
-    code = """
-import multiprocessing
-from cdclean.engines import local
-local.prepare("colorsys")
-ask = "('colorsys' in __import__('sys').modules, __import__('os').getppid())"
-if __name__ == "__main__":
-    with multiprocessing.get_context("forkserver").Pool(2) as pool:
-        print(pool.map(eval, [ask] * 2))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    (first, server), (second, same) = ast.literal_eval(done.stdout)
-    assert first
-    assert second
-    assert server == same != os.getpid()
-
-
-def test_a_later_scan_has_the_environment_of_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    worker = Asked(tmp_path / "found", "CDCLEAN_TEST_CREDENTIALS")
-    Told().run(worker, 1)
-    monkeypatch.setenv(worker.name, "renewed")
-    Told().run(worker, 1)
-    assert worker.file.read_text() == "renewed"

@@ -10,15 +10,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from cdclean.config import ScanConfig
 from cdclean.engines.tasks import Incident, Report, Task, Worker
 
-__all__ = ["Incident", "Task", "Worker", "prepare", "run_chunks"]
-
-
-def prepare(module: str, settings: ScanConfig) -> None:
-    """Begin to import `module`, where the workers to come are defined, if several processes may be asked for."""
-    if settings.engine in ("auto", "local") and settings.workers != 1:
-        from cdclean.engines import local
-
-        local.prepare(module)
+__all__ = ["Incident", "Task", "Worker", "run_chunks"]
 
 
 def run_chunks(

@@ -1,8 +1,4 @@
-"""Many devices of one machine: one process each, which pulls a chunk whenever it is free.
-
-Processes are forked from one that has imported what they need and done nothing else (multiprocessing's fork server):
-that costs seconds once, not once a process, and can begin before there is anything to score. Where the system has no
-such thing, and where an earlier scan of this process has used it, each is spawned.
+"""Many devices of one machine: one spawned process each, which pulls a chunk whenever it is free.
 
 A process that dies, or says nothing for too long, is replaced. Its chunk goes back to the schedule, which finds out
 whether a sample is to blame. When the parent goes, the processes go.
@@ -18,9 +14,9 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from multiprocessing import connection, get_all_start_methods, get_context, parent_process, resource_tracker
+from multiprocessing import connection, get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
+from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from cdclean.engines.outcomes import DismissedError, Failure, attempt
@@ -31,7 +27,6 @@ _TICK = 1.0  # seconds of waiting after which the silent are counted
 _GRACE = 3.0  # seconds that a process has to leave in when it is told to
 _STILLBORN = 3  # processes in a row that die on a device before they are ready, until it is used no more
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_server_is_free = "forkserver" in get_all_start_methods()
 
 
 def run_chunks(
@@ -57,8 +52,6 @@ def run_chunks(
     seats = [_Seat(device) for device in devices]
     first = next(iter(pending), 0)
     heard = time.monotonic()
-    prepare(type(worker).__module__)
-    forked = _take_server()
     try:
         while not schedule.done:
             if all(seat.retired for seat in seats):
@@ -66,7 +59,7 @@ def run_chunks(
                     f"{_STILLBORN} workers in a row have died on each device before they were ready to score",
                     hint="They say why above.",
                 )
-            _fill(seats, worker, Task(first, rows=(0, 0)), schedule, forked)
+            _fill(seats, worker, Task(first, rows=(0, 0)), schedule)
             _wait(seats)
             now = time.monotonic()
             # A pause of this process itself is not the workers' silence: one turn counts as one tick at most.
@@ -95,7 +88,7 @@ class _Seat:
     """A place for one process on one device."""
 
     device: str
-    process: BaseProcess | None = None
+    process: SpawnProcess | None = None
     pipe: Connection | None = None
     ready: bool = False  # the process has finished a task: it can load the model
     busy: bool = False  # it has a task
@@ -125,7 +118,7 @@ class _Seat:
             return  # it ends with a half message if the process was killed while it was sending
 
 
-def _fill(seats: list[_Seat], worker: Worker[Any], prepare: Task, schedule: Schedule, forked: bool) -> None:
+def _fill(seats: list[_Seat], worker: Worker[Any], prepare: Task, schedule: Schedule) -> None:
     """Give a task to whoever is free; start as many processes as there are tasks left."""
     starting = 0
     for seat in seats:
@@ -136,7 +129,7 @@ def _fill(seats: list[_Seat], worker: Worker[Any], prepare: Task, schedule: Sche
     for seat in seats:
         if seat.process is None and not seat.retired and starting < schedule.waiting:
             starting += 1
-            _start(seat, replace(worker, device=seat.device), forked)
+            _start(seat, replace(worker, device=seat.device))
             seat.give(prepare)
 
 
@@ -199,29 +192,8 @@ def _cause(code: int | None) -> str:
 # --- Processes: how they begin and end ---
 
 
-def prepare(module: str) -> None:
-    """Begin to import `module`, where the workers to come are defined, beside whatever this process does next."""
-    if _server_is_free:
-        from multiprocessing import forkserver
-
-        get_context("forkserver").set_forkserver_preload([module])  # of no effect where the server runs already
-        resource_tracker.ensure_running()  # it would unblock the signals
-        with _blocked(_SIGNALS):  # in the server too, and in those who are forked from it, until they ignore them
-            forkserver.ensure_running()
-
-
-def _take_server() -> bool:
-    """Whether processes are to be forked: from a server that has been started for these chunks.
-
-    A server keeps the environment that it was started with, and credentials change: later calls spawn.
-    """
-    global _server_is_free
-    taken, _server_is_free = _server_is_free, False
-    return taken
-
-
-def _start(seat: _Seat, worker: Worker[Any], forked: bool) -> None:
-    context = get_context("forkserver") if forked else get_context("spawn")
+def _start(seat: _Seat, worker: Worker[Any]) -> None:
+    context = get_context("spawn")
     seat.pipe, theirs = context.Pipe()
     seat.process = context.Process(target=_work, args=(theirs, worker), daemon=True)
     resource_tracker.ensure_running()  # it would unblock the signals
