@@ -189,26 +189,3 @@ def _try(module: nn.Module, geometry: Geometry, source: str) -> int:
             hint="It was probably exported in training mode: call model.eval() before exporting.",
         )
     return answer.shape[1] if answer.ndim == 2 else 0
-
-
-def resolve_device(name: str) -> str:
-    """`auto` is CUDA, else Apple's MPS, else the CPU. Raises UsageError for a device that is not there."""
-    if name == "auto":
-        if torch.cuda.is_available():
-            return "cuda:0"
-        return "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(
-            f"device {name!r} cannot be used: {reason}", hint="--device takes auto, cpu, cuda, cuda:1, mps."
-        ) from error
-    return "cuda:0" if name == "cuda" else name
-
-
-def computes_in_bf16(kind: str) -> bool:
-    """Whether devices of that kind here ("cuda", "cpu", "mps") have bf16 in hardware, where it takes half the time."""
-    if kind == "cpu":
-        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

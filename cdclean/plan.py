@@ -6,7 +6,6 @@ is never continued with other settings.
 
 from __future__ import annotations
 
-import os
 import platform
 from dataclasses import replace
 from importlib import metadata
@@ -25,8 +24,6 @@ from cdclean.storage import Location
 
 if TYPE_CHECKING:
     from cdclean.models import Classifier
-
-_PROCESS = 2 << 30  # bytes: what a process on a CPU may need, with torch, a model and its micro-batch
 
 
 def make(run: Location, settings: ScanConfig, dataset: datasets.Dataset, console: Console) -> dict[str, Any]:
@@ -159,7 +156,7 @@ def resolve(settings: ScanConfig) -> tuple[Classifier, DistillConfig, str]:
 
     from cdclean.answers import find_layer, recognise_head
     from cdclean.chunk import classifier_on
-    from cdclean.models import computes_in_bf16
+    from cdclean.devices import computes_in_bf16, resolve_devices
 
     device = resolve_devices(settings)[0]
     kind = device.split(":")[0]
@@ -207,7 +204,7 @@ def _resume(
         lines.append(f"chunk_size: {plan['chunk_size']} in the run, {settings.chunk_size} now")
     complete = (run / "_SUCCESS").exists()
     if not complete:
-        from cdclean.models import resolve_device
+        from cdclean.devices import resolve_device
 
         kind = resolve_device(settings.device).split(":")[0]
         if kind != plan["device"]:
@@ -267,34 +264,6 @@ def _extend(
     content["plan"]["chunks"] = index.chunks
     storage.write_json(run / "run.json", content)
     return content
-
-
-def resolve_devices(settings: ScanConfig) -> list[str]:
-    """The device of every process that scores: `workers` of them, on the devices in turn; or one a GPU, one a core."""
-    import torch
-
-    from cdclean.models import resolve_device
-
-    first, _, more = settings.device.partition(",")
-    device = resolve_device(first)
-    kind = device.split(":")[0]
-    devices = [device, *(resolve_device(f"{kind}:{number}") for number in more.split(",") if number)]
-    if settings.engine == "serial":
-        return devices[:1]
-    if settings.device in ("auto", "cuda") and kind == "cuda":
-        devices = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-    count = settings.workers or (_cores() if kind == "cpu" else len(devices))
-    return [devices[number % len(devices)] for number in range(count)]
-
-
-def _cores() -> int:
-    """Cores that this process may use, as far as there is memory for a process on each."""
-    try:
-        cores = len(os.sched_getaffinity(0))
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not Linux
-        return os.cpu_count() or 1
-    return max(1, min(cores, free // _PROCESS))
 
 
 def with_errors(run: Location) -> set[int]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,12 +20,17 @@ import pyarrow.parquet as pq
 from cdclean import datasets, engines, events, locks, manifest, plan, records, storage, summary
 from cdclean.config import ScanConfig
 from cdclean.console import Console
+from cdclean.datasets.intake import admitted
 from cdclean.engines import Incident
 from cdclean.errors import IncompleteError, OutputError, StoppedError
 from cdclean.metrics import Metrics
 from cdclean.storage import Location
 
+if TYPE_CHECKING:
+    from cdclean.engines.local import Spare
+
 _WORTH_STARTING = 1 << 20  # pixels of the model's input: with fewer, processes would hardly be ready in time
+_MANY = _WORTH_STARTING // 32**2  # samples that are worth it with every model but the smallest
 _EARLY = 64  # samples after which the agreement is first looked at
 
 
@@ -47,15 +53,16 @@ def scan(settings: ScanConfig, console: Console | None = None) -> Location:
             f"cannot create {storage.to_text(run)}: {error.strerror or error}", hint="Name another with --out."
         ) from error
     metrics = Metrics(Path(settings.metrics_file) if settings.metrics_file else None, storage.to_text(run))
-    with _reported(metrics):
+    with _reported(metrics), ExitStack() as ahead:
         # The shards of a run wait for each other here: the first one lists the samples, the last one sums up.
         with locks.lock(run, wait=math.inf if settings.shard else settings.wait):
+            spares = ahead.enter_context(_started_ahead(run, settings, dataset))
             content = plan.make(run, settings, dataset, console)
             if settings.shard is None:
-                _score_and_finish(run, settings, content, metrics, console)
+                _score_and_finish(run, settings, content, metrics, console, spares)
         if settings.shard is not None:
             with locks.lock(run, name=_shard_lock(settings.shard), wait=settings.wait):
-                _score(run, settings, content, metrics, console)
+                _score(run, settings, content, metrics, console, spares)
             with locks.lock(run, wait=math.inf):
                 _finish(run, settings, content, console)
     return run
@@ -75,20 +82,45 @@ def _reported(metrics: Metrics) -> Iterator[None]:
         metrics.write(now=True)
 
 
+def _started_ahead(
+    run: Location, settings: ScanConfig, dataset: datasets.Dataset
+) -> AbstractContextManager[list[Spare]]:
+    """Processes that import torch and timm while this one does, and loads the model; none where few may be needed.
+
+    A dataset elsewhere is not listed twice for it.
+    """
+    begun = (run / "run.json").exists() and not settings.overwrite
+    if settings.engine in ("auto", "local") and isinstance(dataset.root, Path) and not (begun and _is_done(run)):
+        first = islice(admitted(dataset, settings.intake), _MANY)
+        if sum(1 for _ in first) == _MANY:
+            from cdclean.devices import cores, resolve_devices
+
+            devices = resolve_devices(settings)
+            if len(devices) > 1:  # this process needs a core as well
+                count = min(len(devices), max(1, cores() - 1))
+                return engines.started_ahead(count, "cdclean.chunk")
+    return nullcontext([])
+
+
 # --- Score: the chunks that have no part yet ---
 
 
 def _score_and_finish(
-    run: Location, settings: ScanConfig, content: dict[str, Any], metrics: Metrics, console: Console
+    run: Location,
+    settings: ScanConfig,
+    content: dict[str, Any],
+    metrics: Metrics,
+    console: Console,
+    spares: list[Spare],
 ) -> None:
-    if not (run / "_SUCCESS").exists():
-        _score(run, settings, content, metrics, console)
+    if not _is_done(run):
+        _score(run, settings, content, metrics, console, spares)
     _finish(run, settings, content, console)
 
 
 def _finish(run: Location, settings: ScanConfig, content: dict[str, Any], console: Console) -> None:
     """Sum up, if all chunks have their parts; the last of several shards does it for all."""
-    if not (run / "_SUCCESS").exists():
+    if not _is_done(run):
         sizes = manifest.chunk_sizes(run / "manifest.parquet")
         missing = sum(not _is_whole(run, chunk, samples) for chunk, samples in sizes.items())
         if missing:
@@ -96,6 +128,10 @@ def _finish(run: Location, settings: ScanConfig, content: dict[str, Any], consol
             return
         summary.write(run, content, _log(run, settings))
     summary.judge(run, content, settings.max_error_rate, console)
+
+
+def _is_done(run: Location) -> bool:
+    return (run / "_SUCCESS").exists()
 
 
 def _log(run: Location, settings: ScanConfig) -> events.Log:
@@ -108,12 +144,20 @@ def _shard_lock(shard: tuple[int, int]) -> str:
     return f".lock-{shard[0]}-of-{shard[1]}"
 
 
-def _score(run: Location, settings: ScanConfig, content: dict[str, Any], metrics: Metrics, console: Console) -> None:
+def _score(
+    run: Location,
+    settings: ScanConfig,
+    content: dict[str, Any],
+    metrics: Metrics,
+    console: Console,
+    spares: list[Spare],
+) -> None:
     from cdclean.chunk import ChunkWorker
+    from cdclean.devices import resolve_devices
 
     planned, model, data = content["plan"], content["model"], content["dataset"]
     names = ("batch_size", "precision", "head", "layer")
-    devices = plan.resolve_devices(settings)
+    devices = resolve_devices(settings)
     worker = ChunkWorker(
         run=run,
         model=settings.model,
@@ -146,7 +190,7 @@ def _score(run: Location, settings: ScanConfig, content: dict[str, Any], metrics
     try:
         with (
             console.progress("scoring", data["samples"], before) as advance,
-            closing(engines.run_chunks(worker, pending, devices, settings, advance, tell)) as reports,
+            closing(engines.run_chunks(worker, pending, devices, settings, advance, tell, spares)) as reports,
         ):
             for report in reports:
                 log.append("chunk", **vars(report))

@@ -28,9 +28,10 @@ from torch import Tensor
 from cdclean import checkpoints, config, datasets, models, networks, storage
 from cdclean.config import Geometry, ModelSpec
 from cdclean.console import Console, duration
+from cdclean.devices import computes_in_bf16, resolve_device
 from cdclean.errors import ChangedRunError, DatasetError, ModelError, OutputError, UsageError
 from cdclean.examples import CACHE_BYTES, Examples, Loader, flip_crop, list_examples
-from cdclean.models import Classifier, Normalized, computes_in_bf16, resolve_device
+from cdclean.models import Classifier, Normalized
 
 Optimizer = Literal["adamw", "sgd"]
 Augment = Literal["none", "flip-crop"]

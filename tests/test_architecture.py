@@ -47,6 +47,7 @@ ROOMS: dict[str, set[str]] = {
     "checkpoints": {"config", "errors", "storage"},
     "networks": {"answers", "checkpoints", "config", "errors", "storage"},
     "models": {"answers", "checkpoints", "config", "errors", "networks", "storage"},
+    "devices": {"config", "errors"},
     "engines": {"config", "errors"},
     "chunk": {
         "config",
@@ -62,12 +63,13 @@ ROOMS: dict[str, set[str]] = {
     }
     | {"records", "schema", "storage"},
     "summary": {"console", "errors", "events", "records", "schema", "storage"},
-    "plan": {"answers", "checkpoints", "chunk", "config", "console", "datasets", "errors", "extension", "memory"}
-    | {"models"}
+    "plan": {"answers", "checkpoints", "chunk", "config", "console", "datasets", "devices", "errors", "extension"}
+    | {"memory", "models"}
     | FOLDER,
-    "run": {"chunk", "config", "console", "datasets", "engines", "errors", "metrics", "plan"} | FOLDER,
+    "run": {"chunk", "config", "console", "datasets", "devices", "engines", "errors", "metrics", "plan"} | FOLDER,
     "examples": {"config", "console", "datasets", "errors", "images", "storage"},
-    "training": {"checkpoints", "config", "console", "datasets", "errors", "examples", "models", "networks", "storage"},
+    "training": {"checkpoints", "config", "console", "datasets", "devices", "errors", "examples", "models"}
+    | {"networks", "storage"},
     # deciding
     "margins": set(),
     "separation": {"margins"},

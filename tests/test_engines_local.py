@@ -10,7 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import pytest
 
 from cdclean.engines import local
 from cdclean.engines.tasks import Incident
-from cdclean.errors import CdcleanError, IncompleteError, OutputError
+from cdclean.errors import CdcleanError, IncompleteError, ModelError, OutputError
 from tests.engine_workers import Done, Scorer, alive, workers_seen, written
 
 TWO = ("cpu:0", "cpu:1")
@@ -34,9 +34,17 @@ class Told:
     def kinds(self) -> Counter[str]:
         return Counter(incident.kind for incident in self.incidents)
 
-    def run(self, worker: Scorer, chunks: int, devices: tuple[str, ...] = TWO, stall: float = 60.0) -> list[Done]:
+    def run(
+        self,
+        worker: Scorer,
+        chunks: int,
+        devices: tuple[str, ...] = TWO,
+        stall: float = 60.0,
+        spares: list[local.Spare] | None = None,
+    ) -> list[Done]:
         pending = dict.fromkeys(range(chunks), worker.size)
-        return list(local.run_chunks(worker, pending, devices, self.progress, self.incidents.append, stall=stall))
+        how: dict[str, Any] = {"stall": stall, "spares": spares}
+        return list(local.run_chunks(worker, pending, devices, self.progress, self.incidents.append, **how))
 
     def progress(self, samples: int) -> None:
         assert samples > 0
@@ -66,6 +74,37 @@ def test_no_more_processes_than_chunks(tmp_path: Path) -> None:
     Told().run(Scorer(tmp_path, 2), 1, ("cpu",) * 5)
     assert len(set(workers_seen(tmp_path))) == 1
     assert Told().run(Scorer(tmp_path, 2), 0) == []
+
+
+def test_processes_that_were_started_ahead_are_taken_and_the_others_ended(tmp_path: Path) -> None:
+    told = Told()
+    with local.started_ahead(3, "tests.engine_workers") as spares:
+        pids = [process.pid or 0 for process, _ in spares]
+        told.run(Scorer(tmp_path, 2, pause=0.05), 12, spares=spares)
+        assert len(spares) == 1
+        assert {pid for pid, _ in workers_seen(tmp_path)} == set(pids[1:])
+        assert [alive(pid) for pid in pids] == [True, False, False]
+    assert not alive(pids[0])
+    assert written(tmp_path) == {chunk: ["ok"] * 2 for chunk in range(12)}
+    assert not told.incidents
+
+
+def test_a_process_that_died_before_it_was_needed_is_replaced(tmp_path: Path) -> None:
+    told = Told()
+    with local.started_ahead(1, "tests.engine_workers") as spares:
+        os.kill(spares[0][0].pid or 0, signal.SIGKILL)
+        told.run(Scorer(tmp_path, 2), 3, ("cpu",), spares=spares)
+    assert written(tmp_path) == {chunk: ["ok"] * 2 for chunk in range(3)}
+    assert told.kinds() == {"died": 1}
+
+
+def test_what_is_started_ahead_goes_when_nothing_comes_of_it() -> None:
+    pids: list[int] = []
+    with suppress(ModelError), local.started_ahead(2, "tests.engine_workers") as spares:
+        pids += [process.pid or 0 for process, _ in spares]
+        raise ModelError("it cannot be loaded")
+    assert len(pids) == 2
+    assert not any(map(alive, pids))
 
 
 @pytest.mark.parametrize(("what", "said"), [("kill", "SIGKILL"), ("segfault", "SIGSEGV"), ("exit", "exit code 7")])
@@ -178,9 +217,11 @@ if __name__ == "__main__":
     folder, what, stall = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
     traps = ((0, 1, what),) if what else ()
     worker = Scorer(folder, 1000, traps=traps, pause=0.05)
+    pending, devices = {0: 1000, 1: 1000}, ("cpu", "cpu")
     try:
-        for _ in local.run_chunks(worker, {0: 1000, 1: 1000}, ("cpu", "cpu"), id, print, stall=stall):
-            pass
+        with local.started_ahead(1, "tests.engine_workers") as spares:
+            for _ in local.run_chunks(worker, pending, devices, id, print, stall=stall, spares=spares):
+                pass
     except StoppedError as error:
         sys.exit(128 + error.signal_number)
 """

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ import timm
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from cdclean import events, locks
+from cdclean import engines, events, locks, run
 from cdclean.config import DistillConfig, ModelSpec, ScanConfig
 from cdclean.datasets import Dataset
+from cdclean.engines import local
+from cdclean.engines.local import Spare
 from cdclean.errors import ChangedRunError, IncompleteError, LockedError, UsageError
 from cdclean.run import scan
 from tests.packings import SIZE, folder, pictures
@@ -103,9 +106,21 @@ def test_shards_that_make_no_sense(changes: dict[str, Any], settings: ScanConfig
         replace(settings, **changes)
 
 
-def test_two_workers_give_what_one_gives(settings: ScanConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("many", [1, 1_000_000], ids=["started ahead", "started when needed"])
+def test_two_workers_give_what_one_gives(
+    many: int, settings: ScanConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = rows(scan(replace(settings, out=str(tmp_path / "whole"))))
+    ahead: list[int] = []
+
+    def started_ahead(count: int, module: str) -> AbstractContextManager[list[Spare]]:
+        ahead.append(count)
+        return local.started_ahead(count, module)
+
+    monkeypatch.setattr(run, "_MANY", many)
+    monkeypatch.setattr(engines, "started_ahead", started_ahead)
     assert rows(scan(replace(settings, workers=2))).equals(whole)
+    assert len(ahead) == (many == 1)
 
 
 def test_a_script_needs_no_guard(settings: ScanConfig, tmp_path: Path) -> None:

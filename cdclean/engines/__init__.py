@@ -6,11 +6,23 @@ An engine knows nothing of images: it hands tasks to copies of a worker, and yie
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 from cdclean.config import ScanConfig
 from cdclean.engines.tasks import Incident, Report, Task, Worker
 
-__all__ = ["Incident", "Task", "Worker", "run_chunks"]
+if TYPE_CHECKING:
+    from cdclean.engines.local import Spare
+
+__all__ = ["Incident", "Task", "Worker", "run_chunks", "started_ahead"]
+
+
+def started_ahead(count: int, module: str) -> AbstractContextManager[list[Spare]]:
+    """So many processes for `run_chunks` of the local engine, which import `module` until they are needed."""
+    from cdclean.engines import local
+
+    return local.started_ahead(count, module)
 
 
 def run_chunks(
@@ -20,11 +32,13 @@ def run_chunks(
     settings: ScanConfig,
     progress: Callable[[int], object],
     report: Callable[[Incident], object],
+    spares: list[Spare] | None = None,
 ) -> Generator[Report, None, None]:
     """Yield the report of every chunk of `pending` (chunk -> samples), from the engine that the settings ask for.
 
     `devices` has an entry for every process; on a cluster it says of what kind they are. `progress(samples)` is called
-    in between, and `report` with whatever goes wrong with a process. Close the iterator where it is not exhausted.
+    in between, and `report` with whatever goes wrong with a process. `spares` are processes that were started ahead.
+    Close the iterator where it is not exhausted.
     """
     if settings.engine == "ray":
         from cdclean.engines import cluster
@@ -34,7 +48,7 @@ def run_chunks(
     if settings.engine == "local" or (settings.engine == "auto" and len(devices) > 1):
         from cdclean.engines import local
 
-        return local.run_chunks(worker, pending, devices, progress, report, stall=settings.stall)
+        return local.run_chunks(worker, pending, devices, progress, report, stall=settings.stall, spares=spares)
     from cdclean.engines import serial
 
     return serial.run_chunks(worker, pending, progress)

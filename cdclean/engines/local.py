@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from importlib import import_module
 from multiprocessing import connection, get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
@@ -37,12 +38,13 @@ def run_chunks(
     report: Callable[[Incident], object],
     *,
     stall: float,
+    spares: list[Spare] | None = None,
 ) -> Generator[Report, None, None]:
     """Yield the report of every chunk of `pending` (chunk -> samples) as soon as its part is on disk.
 
-    One process per entry of `devices`, and no more than there are chunks. `progress(samples)` is called in between,
-    once for every sample, and `report` with whatever goes wrong. A process that has a task and has sent no sign of life
-    for `stall` seconds is killed.
+    One process per entry of `devices`, and no more than there are chunks; those in `spares` are taken first.
+    `progress(samples)` is called in between, once for every sample, and `report` with whatever goes wrong. A process
+    that has a task and has sent no sign of life for `stall` seconds is killed.
 
     Raises what a worker raises: a CdcleanError as it is, anything else as a CdcleanError with the traceback.
     Raises IncompleteError where a chunk cannot be scored, or where no process stays alive. No process is left when
@@ -59,7 +61,7 @@ def run_chunks(
                     f"{_STILLBORN} workers in a row have died on each device before they were ready to score",
                     hint="They say why above.",
                 )
-            _fill(seats, worker, Task(first, rows=(0, 0)), schedule)
+            _fill(seats, worker, Task(first, rows=(0, 0)), schedule, spares or [])
             _wait(seats)
             now = time.monotonic()
             # A pause of this process itself is not the workers' silence: one turn counts as one tick at most.
@@ -101,11 +103,12 @@ class _Seat:
     def retired(self) -> bool:
         return self.stillborn >= _STILLBORN
 
-    def give(self, task: Task) -> None:
+    def give(self, what: Worker[Any] | Task) -> None:
+        """Send the process its worker, which is the first that it gets, or a task."""
         assert self.pipe is not None
         self.busy, self.count, self.quiet = True, 0, 0.0
         with suppress(OSError):  # dead already, which will be seen
-            self.pipe.send(task)
+            self.pipe.send(what)
 
     def messages(self) -> Iterator[Any]:
         """What has come from the process; all of it that will come, if it is dead."""
@@ -118,7 +121,7 @@ class _Seat:
             return  # it ends with a half message if the process was killed while it was sending
 
 
-def _fill(seats: list[_Seat], worker: Worker[Any], prepare: Task, schedule: Schedule) -> None:
+def _fill(seats: list[_Seat], worker: Worker[Any], prepare: Task, schedule: Schedule, spares: list[Spare]) -> None:
     """Give a task to whoever is free; start as many processes as there are tasks left."""
     starting = 0
     for seat in seats:
@@ -129,7 +132,9 @@ def _fill(seats: list[_Seat], worker: Worker[Any], prepare: Task, schedule: Sche
     for seat in seats:
         if seat.process is None and not seat.retired and starting < schedule.waiting:
             starting += 1
-            _start(seat, replace(worker, device=seat.device))
+            with _uninterrupted():
+                seat.process, seat.pipe = spares.pop() if spares else _start()
+            seat.give(replace(worker, device=seat.device))
             seat.give(prepare)
 
 
@@ -192,14 +197,39 @@ def _cause(code: int | None) -> str:
 # --- Processes: how they begin and end ---
 
 
-def _start(seat: _Seat, worker: Worker[Any]) -> None:
+Spare = tuple[SpawnProcess, Connection]  # a process that waits for its worker, and the way to it
+
+
+@contextmanager
+def started_ahead(count: int, module: str) -> Iterator[list[Spare]]:
+    """Processes for `run_chunks`, which import `module` meanwhile; those that it has not taken are ended."""
+    spares: list[Spare] = []
+    try:
+        for _ in range(count):
+            with _uninterrupted():
+                spares.append(_start(module))
+        yield spares
+    finally:
+        for process, pipe in spares:
+            _end(process)
+            pipe.close()
+
+
+def _start(module: str | None = None) -> Spare:
     context = get_context("spawn")
-    seat.pipe, theirs = context.Pipe()
-    seat.process = context.Process(target=_work, args=(theirs, worker), daemon=True)
+    pipe, theirs = context.Pipe()
+    process = context.Process(target=_work, args=(theirs, module), daemon=True)
+    with theirs, _script_hidden():
+        process.start()
+    return process, pipe
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """No signal is answered until the child ignores them, and until this process knows that it has a child."""
     resource_tracker.ensure_running()  # it would unblock the signals
-    # Blocked until the child ignores them, and until this process knows that it has a child.
-    with _blocked(_SIGNALS), theirs, _script_hidden():
-        seat.process.start()
+    with _blocked(_SIGNALS):
+        yield
 
 
 @contextmanager
@@ -214,14 +244,18 @@ def _blocked(signals: Sequence[signal.Signals]) -> Iterator[None]:
 
 def _clear(seat: _Seat) -> None:
     """Kill and forget the process of a seat."""
-    if seat.process is not None and seat.process.pid is not None:
-        seat.process.kill()
-        seat.process.join()
-        seat.process.close()
+    if seat.process is not None:
+        _end(seat.process)
     if seat.pipe is not None:
         seat.pipe.close()
     seat.process = seat.pipe = seat.task = None
     seat.ready = seat.busy = False
+
+
+def _end(process: SpawnProcess) -> None:
+    process.kill()
+    process.join()
+    process.close()
 
 
 def _dismiss(seats: list[_Seat]) -> None:
@@ -232,7 +266,7 @@ def _dismiss(seats: list[_Seat]) -> None:
                 with suppress(OSError):
                     seat.pipe.send(None)
         deadline = time.monotonic() + _GRACE
-        alive = [seat.process.sentinel for seat in seats if seat.process is not None and seat.process.pid is not None]
+        alive = [seat.process.sentinel for seat in seats if seat.process is not None]
         while alive and (left := deadline - time.monotonic()) > 0:
             gone = connection.wait(alive, left)
             alive = [sentinel for sentinel in alive if sentinel not in gone]
@@ -259,8 +293,8 @@ def _script_hidden() -> Iterator[None]:
 # --- In the process ---
 
 
-def _work(pipe: Connection, worker: Worker[Any]) -> None:
-    """Do one task after the other until told to leave, or until the parent is gone."""
+def _work(pipe: Connection, module: str | None) -> None:
+    """Import `module`, get a worker, and do one task after the other until told to leave or the parent is gone."""
     for number in _SIGNALS:  # sent to the whole process group, and for the parent to answer
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
@@ -275,8 +309,11 @@ def _work(pipe: Connection, worker: Worker[Any]) -> None:
         if told:
             raise DismissedError
 
+    if module is not None:
+        import_module(module)
     with suppress(EOFError, OSError, DismissedError):
-        while (task := pipe.recv()) is not None:
+        worker = pipe.recv()
+        while worker is not None and (task := pipe.recv()) is not None:
             pipe.send(attempt(worker, task, progress))
 
 
