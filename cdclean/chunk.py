@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cdclean import records, schema, storage
 from cdclean.config import INDEPENDENT, DistillConfig, ModelSpec, Objective, Precision
@@ -35,6 +35,7 @@ from cdclean.models import Classifier, load
 from cdclean.storage import Location
 
 DECODE_THREADS = min(8, os.cpu_count() or 1)
+_TOKENS = 256  # 100 MB of attention maps for a micro-batch of ViT-B's
 _KILLED = "scoring it ended the process that did so, twice; it may be made to crash a decoder or the model"
 
 
@@ -172,7 +173,22 @@ def classifier_on(spec: ModelSpec, device: str, precision: Precision, objective:
     if objective != "features":  # on the CPU, whose sums are rounded least
         module = fold(module, torch.empty(1, geometry.channels, geometry.height, geometry.width, dtype=dtype))
     module = module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if device == "cpu":
+        _write_attention_out(module)
     return replace(classifier, module=module)
+
+
+def _write_attention_out(module: nn.Module) -> None:
+    """Let timm's transformers of few tokens multiply matrices instead of calling torch's fused attention.
+
+    On a CPU a step then takes less time, backwards above all; but maps of attention are kept for the way back, which
+    grow with the square of the tokens (tests/benchmarks/results/throughput.md).
+    """
+    for network in module.modules():
+        if getattr(getattr(network, "patch_embed", None), "num_patches", _TOKENS + 1) <= _TOKENS:
+            for block in network.modules():
+                if getattr(block, "fused_attn", False):
+                    block.fused_attn = False  # type: ignore[assignment]
 
 
 # --- read -> decode ---

@@ -90,16 +90,16 @@ def _started_ahead(
     A dataset elsewhere is not listed twice for it.
     """
     begun = (run / "run.json").exists() and not settings.overwrite
-    if settings.engine in ("auto", "local") and isinstance(dataset.root, Path) and not (begun and _is_done(run)):
-        first = islice(admitted(dataset, settings.intake), _MANY)
-        if sum(1 for _ in first) == _MANY:
-            from cdclean.devices import cores, resolve_devices
+    if settings.engine not in ("auto", "local") or not isinstance(dataset.root, Path) or (begun and _is_done(run)):
+        return nullcontext([])
+    if settings.workers is None and sum(1 for _ in islice(admitted(dataset, settings.intake), _MANY)) < _MANY:
+        return nullcontext([])
+    from cdclean.devices import cores, resolve_devices
 
-            devices = resolve_devices(settings)
-            if len(devices) > 1:  # this process needs a core as well
-                count = min(len(devices), max(1, cores() - 1))
-                return engines.started_ahead(count, "cdclean.chunk")
-    return nullcontext([])
+    devices = resolve_devices(settings)
+    if len(devices) == 1:
+        return nullcontext([])
+    return engines.started_ahead(min(len(devices), max(1, cores() - 1)), "cdclean.chunk")  # this one needs a core too
 
 
 # --- Score: the chunks that have no part yet ---

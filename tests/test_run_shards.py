@@ -19,7 +19,7 @@ import timm
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from cdclean import engines, events, locks, run
+from cdclean import devices, engines, events, locks, run
 from cdclean.config import DistillConfig, ModelSpec, ScanConfig
 from cdclean.datasets import Dataset
 from cdclean.engines import local
@@ -106,21 +106,31 @@ def test_shards_that_make_no_sense(changes: dict[str, Any], settings: ScanConfig
         replace(settings, **changes)
 
 
-@pytest.mark.parametrize("many", [1, 1_000_000], ids=["started ahead", "started when needed"])
-def test_two_workers_give_what_one_gives(
-    many: int, settings: ScanConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_workers_give_what_one_gives(settings: ScanConfig, tmp_path: Path) -> None:
     whole = rows(scan(replace(settings, out=str(tmp_path / "whole"))))
-    ahead: list[int] = []
+    assert rows(scan(replace(settings, workers=2))).equals(whole)
+
+
+@pytest.mark.parametrize(
+    ("workers", "many", "ahead"), [(2, 25, True), (None, 25, False), (None, 24, True), (1, 24, False)]
+)
+def test_processes_are_started_ahead_where_many_are_needed(
+    workers: int | None, many: int, ahead: bool, settings: ScanConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[int] = []
 
     def started_ahead(count: int, module: str) -> AbstractContextManager[list[Spare]]:
-        ahead.append(count)
+        started.append(count)
         return local.started_ahead(count, module)
 
-    monkeypatch.setattr(run, "_MANY", many)
+    monkeypatch.setattr(devices, "cores", lambda: 3)
+    monkeypatch.setattr(run, "_MANY", many)  # of 24 samples
     monkeypatch.setattr(engines, "started_ahead", started_ahead)
-    assert rows(scan(replace(settings, workers=2))).equals(whole)
-    assert len(ahead) == (many == 1)
+    settings = replace(settings, workers=workers)
+    scan(settings)
+    assert started == [2] * ahead
+    scan(settings)  # it is complete: nobody is needed
+    assert started == [2] * ahead
 
 
 def test_a_script_needs_no_guard(settings: ScanConfig, tmp_path: Path) -> None:

@@ -4,11 +4,11 @@
 
 The yardstick is the published method, written out plainly: eager fp32, 100 steps on the L1 distance of the logits, the
 loss averaged over the batch, colours drawn on the host and moved at every step. It decodes the same files and writes
-its scores to Parquet, with torch's default number of threads. The scan has its default settings, thumbnails included.
-Each run is a process of its own, the two in turn. Rates are without start-up, which stands beside them: the yardstick's
-from its first file to its last, the scan's from the start of its first chunk to the end of its last. Where a run takes
-fewer steps than it would, its seconds are multiplied: the yardstick's for distillation alone, the scan's as a whole, so
-that the rest of a scan counts too often.
+its scores to Parquet, with torch's default number of threads. The scan has its default settings, thumbnails included,
+and then those of --preset fast. Each run is a process of its own, the three in turn. Rates are without start-up, which
+stands beside them: the yardstick's from its first file to its last, the scan's from the start of its first chunk to the
+end of its last. Where a run takes fewer steps than it would, its seconds are multiplied: the yardstick's for
+distillation alone, the scan's as a whole, so that the rest of a scan counts too often.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from torchvision.transforms import ToTensor
 import cdclean
 from cdclean import events
 from cdclean.chunk import classifier_on
-from cdclean.config import DistillConfig, ModelSpec, ScanConfig, batch_size
+from cdclean.config import DistillConfig, ModelSpec, Preset, ScanConfig, batch_size, preset
 from cdclean.distillation import distill
 from cdclean.models import load
 from tests.benchmarks.detection import networks
@@ -68,7 +68,7 @@ SMALLEST = Network("timm's test_resnet", "timm:test_resnet", 32)
 
 @dataclass(frozen=True)
 class Load:
-    """How much each side does: images, and steps of PUBLISHED_STEPS and STEPS."""
+    """How much each side does: images, and steps of those that it would take, at most."""
 
     yardstick_images: int
     yardstick_steps: int
@@ -148,8 +148,13 @@ def run_yardstick(data: str, model: list[Any], out: str, steps: int, device: str
     return {"ready": ready, "rate": len(folder) / seconds, "threads": torch.get_num_threads()}
 
 
-def run_scan(data: str, model: list[Any], out: str, steps: int, device: str, **settings: Any) -> Figures:
-    scanning = ScanConfig(data, spec(*model), DistillConfig(steps=steps), out=out, device=device, **settings)
+def run_scan(
+    data: str, model: list[Any], out: str, steps: int, device: str, budget: Preset = "default", **settings: Any
+) -> Figures:
+    whole = preset(budget)
+    steps = min(steps, whole.steps)
+    distilling = replace(whole, steps=steps)
+    scanning = ScanConfig(data, spec(*model), distilling, out=out, device=device, **settings)
     run = Path(cdclean.scan(scanning))
     summary, plan = (json.loads((run / name).read_text()) for name in ("summary.json", "run.json"))
     if summary["status"] != {"ok": summary["samples"]}:
@@ -160,13 +165,16 @@ def run_scan(data: str, model: list[Any], out: str, steps: int, device: str, **s
     seconds = max(chunk["at"] for chunk in chunks) - began
     figures = {name: plan["plan"][name] for name in ("precision", "batch_size")}
     figures["processes"] = next(len(event["devices"]) for event in log if event["event"] == "start")
-    return figures | {"ready": began, "rate": summary["samples"] / seconds}
+    return figures | {"ready": began, "rate": summary["samples"] / seconds * steps / whole.steps}
 
 
-def run_loop(model: list[Any], threads: int, batches: int, steps: int) -> Figures:
-    """Distillation alone, on noise, with so many threads an operation."""
-    torch.set_num_threads(threads)
+def run_loop(model: list[Any], threads: int, batches: int, steps: int, fused: bool = False) -> Figures:
+    """Distillation alone, on noise, with so many threads an operation; `fused`: with torch's fused attention."""
     classifier = classifier_on(spec(*model), "cpu", "fp32", "probabilities")
+    torch.set_num_threads(threads)
+    for block in classifier.module.modules():
+        if fused and hasattr(block, "fused_attn"):
+            block.fused_attn = True  # type: ignore[assignment]
     config, images = _noise(classifier, "cpu", steps)
     distill(classifier.module, images, replace(config, steps=1))
     began = time.time()
@@ -278,20 +286,24 @@ def against_the_published(here: Path, device: str, loads: dict[Network, Load], r
         theirs, ours = (str(here / f"{side}-{number}") for side in ("yardstick", "scan"))
         make_images(Path(theirs), load_.yardstick_images, network.size)
         make_images(Path(ours), load_.scan_images, network.size)
-        runs: dict[str, list[Figures]] = {"yardstick": [], "scan": []}
+        runs: dict[str, list[Figures]] = {"yardstick": [], "scan": [], "fast": []}
+        # As many processes as a large scan has, though so few images would not be worth starting them.
+        how = {"chunk_size": load_.chunk, "workers": os.cpu_count() if device == "cpu" else None, "overwrite": True}
         for _ in range(repeats):
             out, steps = str(here / "yardstick.parquet"), load_.yardstick_steps
             runs["yardstick"].append(Child("yardstick", **common, data=theirs, out=out, steps=steps).figures())
-            out, steps = f"{ours}.cdclean", load_.scan_steps
-            # As many processes as a large scan has, though so few images would not be worth starting them.
-            how = {"chunk_size": load_.chunk, "workers": os.cpu_count() if device == "cpu" else None, "overwrite": True}
-            found = Child("scan", **common, data=ours, out=out, steps=steps, **how).figures()
-            runs["scan"].append(found | {"rate": found["rate"] * steps / STEPS})
+            for name, budget in (("scan", "default"), ("fast", "fast")):
+                how |= {"data": ours, "out": f"{ours}.cdclean", "steps": load_.scan_steps, "budget": budget}
+                runs[name].append(Child("scan", **common, **how).figures())
         row = {"network": network.name, "px": network.size}
         row |= {f"{side}_images_per_second": middle(run["rate"] for run in each) for side, each in runs.items()}
-        ratios = [after["rate"] / before["rate"] for before, after in zip(*runs.values(), strict=True)]
-        row |= {"scan_over_yardstick": middle(ratios), "ratios": [short(ratio) for ratio in ratios]}
-        row |= {f"{side}_startup_seconds": middle(run["startup"] for run in each) for side, each in runs.items()}
+        for side in ("scan", "fast"):
+            both = zip(runs["yardstick"], runs[side], strict=True)
+            ratios = [after["rate"] / before["rate"] for before, after in both]
+            row |= {f"{side}_over_yardstick": middle(ratios), f"{side}_ratios": [short(ratio) for ratio in ratios]}
+        row |= {
+            f"{side}_startup_seconds": middle(run["startup"] for run in runs[side]) for side in ("yardstick", "scan")
+        }
         row |= {f"scan_{name}": runs["scan"][0][name] for name in ("processes", "precision", "batch_size")}
         yield row | {"yardstick_threads": runs["yardstick"][0]["threads"], **vars(load_)}
 
@@ -327,6 +339,16 @@ def processes_or_threads(here: Path, chosen: list[Network], steps: int, repeats:
         yield {"network": network.name, "ratio": middle(ratios), "ratios": [short(ratio) for ratio in ratios]}
 
 
+def attention(here: Path, repeats: int) -> Iterator[Figures]:
+    """Distillation alone, one thread: attention written out, as a scan has it on a CPU, over torch's fused."""
+    common = {"model": make_model(here / "model.pt", VIT), "threads": 1, "batches": 1, "steps": 2}
+    ratios = []
+    for _ in range(repeats):
+        fused, plain = (Child("loop", **common, fused=fused).figures()["rate"] for fused in (True, False))
+        ratios.append(plain / fused)
+    yield {"network": VIT.name, "ratio": middle(ratios), "ratios": [short(ratio) for ratio in ratios]}
+
+
 def short(value: float) -> float:
     return float(f"{value:.3g}")
 
@@ -342,6 +364,7 @@ CAPTIONS = {
     "on_the_device": "Distillation on the device: share of the peak of bf16 products, share of time without work",
     "as_it_grows": "Small images through timm's test_resnet: seconds with start-up, memory of all processes",
     "processes_or_threads": "Distillation in two processes of one thread over one process of two threads",
+    "attention": "Distillation with attention written out over torch's fused attention, one thread",
 }
 
 
@@ -384,6 +407,7 @@ def main() -> None:
         if cpu:
             some = [RESNET18] if quick else [RESNET18, RESNET50]
             parts["processes_or_threads"] = processes_or_threads(here, some, 2 if quick else 6, repeats)
+            parts["attention"] = attention(here, repeats)
         else:
             parts["on_the_device"] = on_the_device(here, device, list(loads))
         for what, rows in parts.items():
