@@ -16,7 +16,7 @@ from tests.benchmarks.detection.__main__ import GRIDS
 from tests.benchmarks.detection.attacks import ATTACKS
 from tests.benchmarks.detection.data import DATASETS
 from tests.benchmarks.detection.missed import Missed, reading
-from tests.benchmarks.detection.objectives import cascade
+from tests.benchmarks.detection.objectives import cascade, stopped
 from tests.benchmarks.detection.rows import Row
 
 EVERY = [row for grid in GRIDS.values() for row in grid()]
@@ -64,7 +64,7 @@ def result(attack: str, **row: Any) -> dict[str, Any]:
     found = {"row": about | row, "half": ATTACKS[attack].half, "machine": "m", "versions": "v", "date": "d"}
     found |= {"before": {"accuracy": 0.7, "attack_success": 0.9}, "after": {"accuracy": 0.7, "attack_success": 0.0}}
     shares = {"poison_dropped": 0.9, "clean_dropped": 0.01}
-    found |= {"auto": {"verdict": "backdoor", **shares}, "cleaned": {"rule": "--auto", **shares}}
+    found |= {"chance": 0.04, "auto": {"verdict": "backdoor", **shares}, "cleaned": {"rule": "--auto", **shares}}
     return found | {"scores": {"default": score, table.AUTO: score, "confidence": score}, "density": {"q0.5": 0.2}}
 
 
@@ -87,11 +87,27 @@ def test_another_draw_is_a_group_of_its_own() -> None:
     assert [group.splitlines()[0].endswith(", seed 1") for group in groups] == [False, True]
 
 
+def test_attacks_that_are_left_after_cleaning_are_named() -> None:
+    as_often = result("badnets") | {"after": {"accuracy": 0.695, "attack_success": 0.055}}
+    more_often = result("sig") | {"after": {"accuracy": 0.68, "attack_success": 0.065}}
+    lines = table.markdown("cpu", [as_often, more_often]).splitlines()
+    (left,) = (line for line in lines if "points above chance" in line)
+    (worse,) = (line for line in lines if line.startswith("- accuracy more than"))
+    assert "SIG (clean label) 2.5%" in left
+    assert "SIG (clean label) 2.0%" in worse
+    assert "BadNets" not in left + worse
+
+
 def test_a_cascade_ranks_by_the_full_run_first_and_the_others_behind() -> None:
     short, full = np.array([5.0, 1.0, 3.0, 9.0]), np.array([2.0, 8.0, 4.0, 1.0])
     norms = cascade(short, full, 0.5)  # the two smallest of the short run: numbers 1 and 2
     assert np.argsort(norms).tolist() == [2, 1, 0, 3]
     assert cascade(short, full, 1.0).tolist() == full.tolist()
+
+
+def test_what_is_large_after_the_short_run_stays_as_it_is() -> None:
+    short, full = np.array([5.0, 1.0, 3.0, 9.0]), np.array([2.0, 8.0, 4.0, 1.0])
+    assert stopped(short, full, 4.0).tolist() == [5.0, 8.0, 4.0, 9.0]
 
 
 @pytest.mark.parametrize(

@@ -327,6 +327,7 @@ def test_marks_survive_a_reload_and_belong_to_their_run(open_: Open, awkward: Pa
     page = open_(awkward)
     button(page, "cat/__proto__", "keep").click()
     button(page, AWKWARD[6], "drop").click()
+    assert status(page) == "1 marked keep, 1 marked drop."
     page.reload()
     assert status(page) == "1 marked keep, 1 marked drop."
     assert button(page, "cat/__proto__", "keep").get_attribute("aria-pressed") == "true"

@@ -43,7 +43,7 @@ from torchvision.transforms import ToTensor
 import cdclean
 from cdclean import events
 from cdclean.chunk import classifier_on
-from cdclean.config import DistillConfig, ModelSpec, Preset, ScanConfig, batch_size, preset
+from cdclean.config import DistillConfig, ModelSpec, Preset, batch_size, preset
 from cdclean.distillation import distill
 from cdclean.models import load
 from tests.benchmarks.detection import networks
@@ -51,6 +51,7 @@ from tests.benchmarks.detection import networks
 ROOT = Path(__file__).parents[2]
 PUBLISHED_STEPS, PUBLISHED_BATCH, STEPS = 100, 128, DistillConfig().steps
 Figures = dict[str, Any]
+BUDGETS: dict[str, Preset] = {"scan": "default", "fast": "fast"}
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,6 @@ def run_yardstick(data: str, model: list[Any], out: str, steps: int, device: str
     workers = 0 if device == "cpu" else min(8, os.cpu_count() or 1)
     folder = ImageFolder(data, ToTensor())
     batches = DataLoader(folder, min(PUBLISHED_BATCH, len(folder)), num_workers=workers, pin_memory=device != "cpu")
-    ready = time.time()
     published(module, next(iter(batches))[0].to(device), 1)  # whatever is done once, is done now
     began, norms, distilling = time.perf_counter(), [], 0.0
     for images, _ in batches:
@@ -145,27 +145,7 @@ def run_yardstick(data: str, model: list[Any], out: str, steps: int, device: str
         distilling += time.perf_counter() - started
     pq.write_table(pa.table({"key": [path for path, _ in folder.samples], "mask_norm": norms}), out)
     seconds = time.perf_counter() - began + distilling * (PUBLISHED_STEPS / steps - 1)
-    return {"ready": ready, "rate": len(folder) / seconds, "threads": torch.get_num_threads()}
-
-
-def run_scan(
-    data: str, model: list[Any], out: str, steps: int, device: str, budget: Preset = "default", **settings: Any
-) -> Figures:
-    whole = preset(budget)
-    steps = min(steps, whole.steps)
-    distilling = replace(whole, steps=steps)
-    scanning = ScanConfig(data, spec(*model), distilling, out=out, device=device, **settings)
-    run = Path(cdclean.scan(scanning))
-    summary, plan = (json.loads((run / name).read_text()) for name in ("summary.json", "run.json"))
-    if summary["status"] != {"ok": summary["samples"]}:
-        raise RuntimeError(f"not every sample has a score: {summary['status']}")
-    log = [event | {"at": datetime.fromisoformat(event["time"]).timestamp()} for event in events.read(run)]
-    chunks = [event for event in log if event["event"] == "chunk"]
-    began = min(chunk["at"] - chunk["seconds"] for chunk in chunks)
-    seconds = max(chunk["at"] for chunk in chunks) - began
-    figures = {name: plan["plan"][name] for name in ("precision", "batch_size")}
-    figures["processes"] = next(len(event["devices"]) for event in log if event["event"] == "start")
-    return figures | {"ready": began, "rate": summary["samples"] / seconds * steps / whole.steps}
+    return {"rate": len(folder) / seconds, "threads": torch.get_num_threads()}
 
 
 def run_loop(model: list[Any], threads: int, batches: int, steps: int, fused: bool = False) -> Figures:
@@ -180,7 +160,7 @@ def run_loop(model: list[Any], threads: int, batches: int, steps: int, fused: bo
     began = time.time()
     for _ in range(batches):
         distill(classifier.module, images, config)
-    return {"ready": began, "rate": batches * len(images) / (time.time() - began)}
+    return {"rate": batches * len(images) / (time.time() - began)}
 
 
 def run_device(model: list[Any], device: str) -> Figures:
@@ -210,7 +190,7 @@ def run_device(model: list[Any], device: str) -> Figures:
         if event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
     ]
     work, peak = counter.get_total_flops(), matmul_peak(device)
-    figures = {"ready": time.time(), "images_per_second": len(images) / seconds, "tflops": work / seconds / 1e12}
+    figures = {"images_per_second": len(images) / seconds, "tflops": work / seconds / 1e12}
     figures |= {"peak_tflops": peak / 1e12, "of_peak": work / seconds / peak, "kernels_a_step": len(spans) / STEPS}
     return figures | {"waiting": max(0.0, 1 - covered(spans) / 1e6 / seconds)}
 
@@ -241,28 +221,61 @@ def matmul_peak(device: str, size: int = 8192) -> float:
     return 2 * size**3 / Timer("a @ b", globals={"a": a, "b": b}).blocked_autorange(min_run_time=2).median
 
 
-RUNS = {"yardstick": run_yardstick, "scan": run_scan, "loop": run_loop, "device": run_device}
+RUNS = {"yardstick": run_yardstick, "loop": run_loop, "device": run_device}
 
 
 class Child:
-    """One of RUNS in a process of its own; `figures` waits for it and adds start-up, whole time and peak memory."""
+    """A command in a process of its own, its output kept."""
 
-    def __init__(self, what: str, **arguments: Any) -> None:
+    def __init__(self, *command: str) -> None:
         self.launched, self.output = time.time(), tempfile.TemporaryFile("w+")  # noqa: SIM115
-        command = [sys.executable, "-m", "tests.benchmarks.throughput", "--child", what, json.dumps(arguments)]
-        self.process = subprocess.Popen(command, cwd=ROOT, stdout=self.output)
+        self.process = subprocess.Popen([sys.executable, "-m", *command], cwd=ROOT, stdout=self.output)
 
-    def figures(self) -> Figures:
+    def wait(self) -> Figures:
+        """Whole time and peak memory."""
         peak = 0
         while self.process.poll() is None:
             peak = max(peak, memory(self.process.pid))
             time.sleep(0.1)
         if self.process.returncode:
             raise RuntimeError(f"{self.process.args} ended with {self.process.returncode}")
+        return {"total": time.time() - self.launched, "peak_mib": peak // 1024}
+
+    def figures(self) -> Figures:
+        """What one of RUNS has found."""
+        self.wait()
         self.output.seek(0)
         found: Figures = json.loads(self.output.readlines()[-1])
-        startup, total = found["ready"] - self.launched, time.time() - self.launched
-        return found | {"startup": startup, "total": total, "peak_mib": peak // 1024}
+        return found
+
+
+def child(what: str, **arguments: Any) -> Child:
+    """One of RUNS."""
+    return Child("tests.benchmarks.throughput", "--child", what, json.dumps(arguments))
+
+
+def scan(data: Path, model: list[Any], device: str, steps: int, budget: Preset = "default", **flags: Any) -> Figures:
+    """A scan by the command line, with no more steps than `steps`; `share` of the budget's."""
+    whole, run = preset(budget), data.with_suffix(".cdclean")
+    path, arch, size = model
+    steps = min(steps, whole.steps)
+    flags |= {"model": path, "arch": arch, "input-size": size, "device": device, "out": run}
+    flags |= {"mean": ",".join(map(str, networks.MEAN)), "std": ",".join(map(str, networks.STD))}
+    flags |= {"preset": budget, "steps": steps, "crop": 1.0}
+    given = [f"--{name}={value}" for name, value in flags.items() if value is not None]
+    scanning = Child("cdclean", "scan", str(data), *given, "--overwrite", "--quiet")
+    figures = scanning.wait()
+    summary, plan = (json.loads((run / name).read_text()) for name in ("summary.json", "run.json"))
+    if summary["status"] != {"ok": summary["samples"]}:
+        raise RuntimeError(f"not every sample has a score: {summary['status']}")
+    log = [event | {"at": datetime.fromisoformat(event["time"]).timestamp()} for event in events.read(run)]
+    chunks = [event for event in log if event["event"] == "chunk"]
+    began = min(chunk["at"] - chunk["seconds"] for chunk in chunks)
+    seconds = max(chunk["at"] for chunk in chunks) - began
+    figures |= {name: plan["plan"][name] for name in ("precision", "batch_size")}
+    figures["processes"] = next(len(event["devices"]) for event in log if event["event"] == "start")
+    figures |= {"startup": began - scanning.launched, "share": steps / whole.steps}
+    return figures | {"rate": summary["samples"] / seconds}
 
 
 def memory(pid: int) -> int:
@@ -282,28 +295,26 @@ def memory(pid: int) -> int:
 def against_the_published(here: Path, device: str, loads: dict[Network, Load], repeats: int) -> Iterator[Figures]:
     """The scan against the yardstick, in turn."""
     for number, (network, load_) in enumerate(loads.items()):
-        common = {"model": make_model(here / "model.pt", network), "device": device}
-        theirs, ours = (str(here / f"{side}-{number}") for side in ("yardstick", "scan"))
-        make_images(Path(theirs), load_.yardstick_images, network.size)
-        make_images(Path(ours), load_.scan_images, network.size)
+        common: Figures = {"model": make_model(here / "model.pt", network), "device": device}
+        theirs, ours = (here / f"{side}-{number}" for side in ("yardstick", "scan"))
+        make_images(theirs, load_.yardstick_images, network.size)
+        make_images(ours, load_.scan_images, network.size)
         runs: dict[str, list[Figures]] = {"yardstick": [], "scan": [], "fast": []}
         # As many processes as a large scan has, though so few images would not be worth starting them.
-        how = {"chunk_size": load_.chunk, "workers": os.cpu_count() if device == "cpu" else None, "overwrite": True}
+        how = {"chunk-size": load_.chunk, "workers": os.cpu_count() if device == "cpu" else None}
         for _ in range(repeats):
-            out, steps = str(here / "yardstick.parquet"), load_.yardstick_steps
-            runs["yardstick"].append(Child("yardstick", **common, data=theirs, out=out, steps=steps).figures())
-            for name, budget in (("scan", "default"), ("fast", "fast")):
-                how |= {"data": ours, "out": f"{ours}.cdclean", "steps": load_.scan_steps, "budget": budget}
-                runs[name].append(Child("scan", **common, **how).figures())
+            asked = {"data": str(theirs), "out": str(here / "yardstick.parquet"), "steps": load_.yardstick_steps}
+            runs["yardstick"].append(child("yardstick", **common, **asked).figures())
+            for side, budget in BUDGETS.items():
+                found = scan(ours, **common, steps=load_.scan_steps, budget=budget, **how)
+                runs[side].append(found | {"rate": found["rate"] * found["share"]})
         row = {"network": network.name, "px": network.size}
         row |= {f"{side}_images_per_second": middle(run["rate"] for run in each) for side, each in runs.items()}
-        for side in ("scan", "fast"):
+        for side in BUDGETS:
             both = zip(runs["yardstick"], runs[side], strict=True)
             ratios = [after["rate"] / before["rate"] for before, after in both]
             row |= {f"{side}_over_yardstick": middle(ratios), f"{side}_ratios": [short(ratio) for ratio in ratios]}
-        row |= {
-            f"{side}_startup_seconds": middle(run["startup"] for run in runs[side]) for side in ("yardstick", "scan")
-        }
+        row["scan_startup_seconds"] = middle(run["startup"] for run in runs["scan"])
         row |= {f"scan_{name}": runs["scan"][0][name] for name in ("processes", "precision", "batch_size")}
         yield row | {"yardstick_threads": runs["yardstick"][0]["threads"], **vars(load_)}
 
@@ -312,16 +323,16 @@ def on_the_device(here: Path, device: str, chosen: list[Network]) -> Iterator[Fi
     """Distillation alone, of micro-batches as a scan has them."""
     kept = ("images_per_second", "tflops", "peak_tflops", "of_peak", "waiting", "kernels_a_step")
     for network in chosen:
-        found = Child("device", model=make_model(here / "model.pt", network), device=device).figures()
+        found = child("device", model=make_model(here / "model.pt", network), device=device).figures()
         yield {"network": network.name} | {name: short(found[name]) for name in kept}
 
 
 def as_it_grows(here: Path, device: str, counts: list[int], steps: int = 2) -> Iterator[Figures]:
     """Whole scans of more and more small images, of so few steps that all the rest shows."""
-    common = {"model": make_model(here / "model.pt", SMALLEST), "device": device, "steps": steps}
+    common: Figures = {"model": make_model(here / "model.pt", SMALLEST), "device": device, "steps": steps}
     for count in counts:
         make_images(here / str(count), count, SMALLEST.size)
-        found = Child("scan", **common, data=str(here / str(count)), out=str(here / f"{count}.cdclean")).figures()
+        found = scan(here / str(count), **common)
         row = {"images": count, "steps": steps, "processes": found["processes"], "peak_mib": found["peak_mib"]}
         row |= {"seconds": short(found["total"]), "startup_seconds": short(found["startup"])}
         yield row | {"images_per_second": short(found["rate"])}
@@ -333,8 +344,8 @@ def processes_or_threads(here: Path, chosen: list[Network], steps: int, repeats:
         common = {"model": make_model(here / "model.pt", network), "steps": steps}
         ratios = []
         for _ in range(repeats):
-            one = Child("loop", **common, threads=2, batches=2).figures()["rate"]
-            two = [Child("loop", **common, threads=1, batches=1) for _ in range(2)]
+            one = child("loop", **common, threads=2, batches=2).figures()["rate"]
+            two = [child("loop", **common, threads=1, batches=1) for _ in range(2)]
             ratios.append(sum(child.figures()["rate"] for child in two) / one)
         yield {"network": network.name, "ratio": middle(ratios), "ratios": [short(ratio) for ratio in ratios]}
 
@@ -344,7 +355,7 @@ def attention(here: Path, repeats: int) -> Iterator[Figures]:
     common = {"model": make_model(here / "model.pt", VIT), "threads": 1, "batches": 1, "steps": 2}
     ratios = []
     for _ in range(repeats):
-        fused, plain = (Child("loop", **common, fused=fused).figures()["rate"] for fused in (True, False))
+        fused, plain = (child("loop", **common, fused=fused).figures()["rate"] for fused in (True, False))
         ratios.append(plain / fused)
     yield {"network": VIT.name, "ratio": middle(ratios), "ratios": [short(ratio) for ratio in ratios]}
 

@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 from scipy.stats import rankdata, spearmanr
 
 from cdclean import storage
-from cdclean.config import DistillConfig, fingerprint, preset, to_dict
+from cdclean.config import DistillConfig, fingerprint, paper, preset, to_dict
 from cdclean.distillation import distill
 from cdclean.models import Normalized
 from tests.benchmarks.detection import data, fitting, networks
@@ -48,14 +48,19 @@ DEFAULT, OWN_COLOURS = "default: 16 x 16 cells, temperature 1.5, 6 nats, 30 step
 FP32, FAST, THOROUGH = "default in fp32", "fast: 15 steps", "thorough: 60 steps"
 # The full budget for those alone whose masks are among the smallest after the short run.
 CASCADES = {f"cascade: 15 steps, 60 for the smallest {share:.0%}": share for share in (0.25, 0.5)}
+# What is large already when half of the steps are done, stays as it is.
+HALF, PUBLISHED = "15 steps of the default", "logits, published: 100 steps in fp32"
+STOPPED = {f"default, but 15 steps where the mask is above {density:.0%} then": density for density in (0.3, 0.5)}
+COMBINED = dict.fromkeys(CASCADES, (FAST, THOROUGH)) | dict.fromkeys(STOPPED, (HALF, DEFAULT))
 _BASE = DistillConfig(precision="bf16")
 
-# The published settings stand in the table of the detection benchmark, on the same networks.
 VARIANTS: dict[str, DistillConfig] = {
     DEFAULT: _BASE,
     FP32: replace(_BASE, precision="fp32"),
     FAST: replace(preset("fast"), precision="bf16"),
     THOROUGH: replace(preset("thorough"), precision="bf16"),
+    HALF: replace(_BASE, steps=_BASE.steps // 2),
+    PUBLISHED: paper("logits"),
     "logits": DistillConfig("logits", precision="bf16"),
     "features": DistillConfig("features", precision="bf16"),
     "a value a pixel": replace(_BASE, grid=None),
@@ -66,17 +71,19 @@ VARIANTS: dict[str, DistillConfig] = {
     "temperature 1, 3 nats": replace(_BASE, temperature=1.0, area_cost=3.0),
     "temperature 2, 9 nats": replace(_BASE, temperature=2.0, area_cost=9.0),
 }
-BUDGETS = (FAST, DEFAULT, FP32, *CASCADES, THOROUGH)
+BUDGETS = (FAST, HALF, *STOPPED, DEFAULT, FP32, *CASCADES, THOROUGH, PUBLISHED)
 
 
 def measure(row: Row, work: Path, known: dict[str, Any]) -> dict[str, Any]:
     """Of one attack: the figures of every variant, those that are not `known` measured now."""
     torch.set_num_threads(1)
     folder = work / row.name
-    found: dict[str, Any] = {title: known[title] for title in (FLOOR, *VARIANTS, *CASCADES) if title in known}
+    found: dict[str, Any] = {title: known[title] for title in (FLOOR, *VARIANTS, *COMBINED) if title in known}
     success = json.loads((folder / "before.json").read_text())["attack_success"]
     about = {"attack": row.attack, "half": ATTACKS[row.attack].half, "attack_success": success}
-    missing = {title: of for title, of in VARIANTS.items() if found.get(title, {}).get("settings") != _settings(of)}
+    again = {title for title, of in VARIANTS.items() if found.get(title, {}).get("settings") != _settings(of)}
+    again |= {title for both in COMBINED.values() if again.intersection(both) for title in both}
+    missing = {title: of for title, of in VARIANTS.items() if title in again}
     if success < 0.5 or not missing:
         return about | {"scores": found}
     keys, images, _ = data.read_folder(folder / "train")
@@ -110,13 +117,21 @@ def measure(row: Row, work: Path, known: dict[str, Any]) -> dict[str, Any]:
         found[title] = _figures(norms[title], margin, shown)
         found[title] |= {"cpu_seconds": round((time.process_time() - started) / 2, 2), "steps": variant.steps}
         found[title]["settings"] = _settings(variant)
-    if {FAST, THOROUGH} <= norms.keys():
-        for title, share in CASCADES.items():
-            both = zip(norms[FAST], norms[THOROUGH], strict=True)
-            found[title] = _figures([cascade(short, full, share) for short, full in both], margin, shown)
-            for name in ("cpu_seconds", "steps"):
-                found[title][name] = round(found[FAST][name] + share * found[THOROUGH][name], 2)
-    order = [title for title in (FLOOR, *VARIANTS, *CASCADES) if title in found]
+    for title, (first, then) in COMBINED.items():
+        if {first, then} <= norms.keys():
+            both = list(zip(norms[first], norms[then], strict=True))
+            short, full = found[first], found[then]
+            if title in CASCADES:  # begins anew
+                share = CASCADES[title]
+                found[title] = _figures([cascade(*each, share) for each in both], margin, shown)
+                spent = {name: short[name] + share * full[name] for name in ("cpu_seconds", "steps")}
+            else:  # goes on
+                limit = STOPPED[title] * pixels[0, 0].numel()
+                found[title] = _figures([stopped(*each, limit) for each in both], margin, shown)
+                share = float(np.mean([each[0] <= limit for each in both]))
+                spent = {name: (1 - share) * short[name] + share * full[name] for name in ("cpu_seconds", "steps")}
+            found[title] |= {name: round(value, 2) for name, value in spent.items()}
+    order = [title for title in (FLOOR, *VARIANTS, *COMBINED) if title in found]
     return about | {"scores": {title: found[title] for title in order}}
 
 
@@ -128,6 +143,11 @@ def cascade(short: Floats, full: Floats, share: float) -> Floats:
     """Norms [n] of a cascade: of the `share` that are smallest after the short run the full ones, then the others."""
     behind = np.argsort(np.argsort(short)) >= share * len(short)
     return np.where(behind, short + full.max(), full)
+
+
+def stopped(short: Floats, full: Floats, limit: float) -> Floats:
+    """Norms [n] where those that are above `limit`, in pixels, after the short run are left at that."""
+    return np.where(short > limit, short, full)
 
 
 def _figures(norms: Sequence[Floats], margin: Floats, shown: data.Mask) -> dict[str, Any]:
@@ -211,7 +231,8 @@ def _budget(took: list[dict[str, Any]]) -> Iterator[str]:
         cost = 1000 / (POISONED + CLEAN) * mean(score["cpu_seconds"] for score in of)
         auroc = mean((score["auroc"] + score["second_seed"]) / 2 for score in of)
         figures = [f"{mean(score[name] for score in of):.3f}" for name in ("tpr_at_1_fpr", "seed_rank_correlation")]
-        yield f"| {title} | {of[0]['steps']} | {auroc:.3f} | {' | '.join(figures)} | {cost:.1f} |"
+        steps = mean(score["steps"] for score in of)
+        yield f"| {title} | {steps:.0f} | {auroc:.3f} | {' | '.join(figures)} | {cost:.1f} |"
 
 
 if __name__ == "__main__":

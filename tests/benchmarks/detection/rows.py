@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,9 @@ def run(row: Row, work: Path, device: str) -> dict[str, Any]:
     found: dict[str, Any] = {"row": vars(row), "half": ATTACKS[row.attack].half, "poison": int(is_backdoor.sum())}
     found["before"] = _attacked(victim, poisoned, dataset)
     storage.write_json(folder / "before.json", found["before"])
+    if is_backdoor.any():
+        honest = _honest(row, work, recipe, device)
+        found["chance"] = _attacked(honest, poisoned, dataset)["attack_success"]
 
     scan = Scanner(folder, row, device)
     whole = scan("train", "default", [])
@@ -137,6 +140,19 @@ def _plant(row: Row, work: Path, recipe: Recipe, device: str) -> data.Poisoned:
 
     site = Site(images, labels, dataset.classes, row.rate, row.seed, device, surrogate)
     return ATTACKS[row.attack].plant(site)
+
+
+def _honest(row: Row, work: Path, recipe: Recipe, device: str) -> nn.Module:
+    """The network of the row's clean control: what it does when it sees the trigger is chance."""
+    control = replace(row, attack="clean")
+    folder = work / control.name
+    if not (folder / "train.csv").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        clean = _plant(control, work, recipe, device)
+        data.write_folder(folder / "train", clean.images, clean.labels, clean.is_backdoor)
+    _, images, labels = data.read_folder(folder / "train")
+    build = partial(_untrained, row.network, data.DATASETS[row.dataset])
+    return _trained(folder / "victim.safetensors", build, images, labels, recipe, row.seed, device)
 
 
 def _untrained(network: str, dataset: data.Dataset) -> Normalized:

@@ -10,7 +10,7 @@ from tests.benchmarks.detection.attacks import ATTACKS
 from tests.benchmarks.detection.data import DATASETS
 
 Row = dict[str, Any]
-FLOOR, BEST, GOAL = 0.90, 0.95, 0.98  # of AUROC: each attack, where cleaning must work, on average
+FLOOR, GOAL = 0.90, 0.98  # of AUROC: each attack, on average
 AUTO = "suspects of --auto first"
 WHOLE = ("default", AUTO)  # with all metrics
 SCORES = (*WHOLE, "logits, paper", "features, paper", "default, test set")
@@ -40,9 +40,9 @@ _EXPLAINED = (
     "default and the one-pass scores, over 100 poisoned and 200 clean samples of it for the published settings, and "
     "over as many images of a test set under attack, or as there are. Settings were chosen on the attacks marked "
     "*tuning*; the others are only reported. The thresholds of `--auto` were chosen with all of them in view. "
-    "*Suspects of --auto first*: the order in which `filter --auto` drops, the "
-    "rest by mask norm. An attack that did not take (attack success below 50 %) is marked: what a "
-    "network has not learned it cannot betray."
+    "*Suspects of --auto first*: the order in which `filter --auto` drops, the rest by mask norm. *Chance*: how often "
+    "a network of the same kind, trained on clean data, answers the trigger as the attack wants. An attack that did "
+    "not take (attack success below 50 %) is marked: what a network has not learned it cannot betray."
 )
 
 
@@ -88,7 +88,7 @@ def _figures(rows: Sequence[Row], columns: Iterable[tuple[str, str]]) -> list[st
 
 def _removed(rows: Sequence[Row]) -> str:
     head = ["attack", "verdict of --auto", "poison dropped", "clean dropped", "copy made with", "poison dropped"]
-    head += ["clean dropped", "attack success", "after", "accuracy", "after"]
+    head += ["clean dropped", "attack success", "after", "chance", "accuracy", "after"]
     body = []
     for row in rows:
         auto, cleaned, before, after = row["auto"], row["cleaned"], row["before"], row["after"]
@@ -99,7 +99,9 @@ def _removed(rows: Sequence[Row]) -> str:
                 *_shares(auto),
                 f"`{cleaned['rule']}`",
                 *_shares(cleaned),
-                *(f"{state[name]:.1%}" for name in ("attack_success", "accuracy") for state in (before, after)),
+                *(f"{state['attack_success']:.1%}" for state in (before, after)),
+                f"{row['chance']:.1%}",
+                *(f"{state['accuracy']:.1%}" for state in (before, after)),
             ]
         )
     return "### What removing it does\n\n" + _table(head, body)
@@ -119,18 +121,21 @@ def _goals(rows: Sequence[Row]) -> str:
     (first,) = _figures(took, [(AUTO, "auroc")])
     cleaned = [row["auto"] for row in took]
     met = sum(auto["poison_dropped"] >= 0.9 and auto["clean_dropped"] <= 0.02 for auto in cleaned)
-    left = [
-        f"{_title(row)} {row['after']['attack_success']:.1%}"
-        for row in took
-        if row["scores"]["default"]["auroc"] >= BEST and row["after"]["attack_success"] > 0.02
-    ]
+    after = {
+        _title(row): row["after"]["attack_success"] - row["chance"] for row in took if row["auto"]["poison_dropped"]
+    }
+    left = [f"{name} {value:.1%}" for name, value in after.items() if value > 0.02]
+    lost = {_title(row): row["before"]["accuracy"] - row["after"]["accuracy"] for row in took}
+    worse = [f"{name} {value:.1%}" for name, value in lost.items() if value > 0.01]
     lines = [
         f"- mean AUROC {mean(auroc.values()):.3f} over the {len(took)} attacks that took (goal {GOAL}); "
         f"with the suspects of `--auto` first {first}",
         f"- below {FLOOR}: {', '.join(below) or 'none'} (goal: none)",
         f"- mean TPR at 1 % FPR {found[0]} (goal 0.85); with the suspects of `--auto` first {found[1]}",
         f"- `--auto` drops at least 90 % of the poison and at most 2 % of the clean samples in {met} of {len(took)}",
-        f"- attack success above 2 % after cleaning, where AUROC is {BEST} or more: {', '.join(left) or 'none'}",
+        f"- attack success after cleaning more than 2 points above chance, of the {len(after)} that `--auto` finds: "
+        f"{', '.join(left) or 'none'} (goal: none)",
+        f"- accuracy more than 1 point lower after cleaning: {', '.join(worse) or 'none'} (goal: none)",
     ]
     return "### Goals\n\n" + "\n".join(lines)
 
