@@ -43,7 +43,7 @@ from torchvision.transforms import ToTensor
 import cdclean
 from cdclean import events
 from cdclean.chunk import classifier_on
-from cdclean.config import DistillConfig, ModelSpec, Preset, batch_size, preset
+from cdclean.config import DistillConfig, ModelSpec, Precision, Preset, batch_size, preset
 from cdclean.distillation import distill
 from cdclean.models import load
 from tests.benchmarks.detection import networks
@@ -148,7 +148,9 @@ def run_yardstick(data: str, model: list[Any], out: str, steps: int, device: str
     return {"rate": len(folder) / seconds, "threads": torch.get_num_threads()}
 
 
-def run_loop(model: list[Any], threads: int, batches: int, steps: int, fused: bool = False) -> Figures:
+def run_loop(
+    model: list[Any], threads: int, batches: int, steps: int, precision: Precision = "fp32", fused: bool = False
+) -> Figures:
     """Distillation alone, on noise, with so many threads an operation; `fused`: with torch's fused attention."""
     classifier = classifier_on(spec(*model), "cpu", "fp32", "probabilities")
     torch.set_num_threads(threads)
@@ -156,6 +158,7 @@ def run_loop(model: list[Any], threads: int, batches: int, steps: int, fused: bo
         if fused and hasattr(block, "fused_attn"):
             block.fused_attn = True  # type: ignore[assignment]
     config, images = _noise(classifier, "cpu", steps)
+    config = replace(config, precision=precision)
     distill(classifier.module, images, replace(config, steps=1))
     began = time.time()
     for _ in range(batches):
@@ -352,12 +355,14 @@ def processes_or_threads(here: Path, chosen: list[Network], steps: int, repeats:
 
 def attention(here: Path, repeats: int) -> Iterator[Figures]:
     """Distillation alone, one thread: attention written out, as a scan has it on a CPU, over torch's fused."""
-    common = {"model": make_model(here / "model.pt", VIT), "threads": 1, "batches": 1, "steps": 2}
-    ratios = []
-    for _ in range(repeats):
-        fused, plain = (child("loop", **common, fused=fused).figures()["rate"] for fused in (True, False))
-        ratios.append(plain / fused)
-    yield {"network": VIT.name, "ratio": middle(ratios), "ratios": [short(ratio) for ratio in ratios]}
+    for precision in ("bf16", "fp32"):
+        common = {"model": make_model(here / "model.pt", VIT), "threads": 1, "batches": 1, "steps": 4}
+        ratios = []
+        for _ in range(repeats):
+            both = (child("loop", **common, precision=precision, fused=fused) for fused in (True, False))
+            fused, plain = (each.figures()["rate"] for each in both)
+            ratios.append(plain / fused)
+        yield {"network": VIT.name, "precision": precision, "ratio": middle(ratios), "ratios": list(map(short, ratios))}
 
 
 def short(value: float) -> float:
