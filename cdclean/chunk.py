@@ -35,7 +35,7 @@ from cdclean.models import Classifier, load
 from cdclean.storage import Location
 
 DECODE_THREADS = min(8, os.cpu_count() or 1)
-_TOKENS = 256  # 100 MB of attention maps for a micro-batch of ViT-B's
+_TOKENS = 256  # of a transformer whose attention is written out
 _KILLED = "scoring it ended the process that did so, twice; it may be made to crash a decoder or the model"
 
 
@@ -173,19 +173,22 @@ def classifier_on(spec: ModelSpec, device: str, precision: Precision, objective:
     if objective != "features":  # on the CPU, whose sums are rounded least
         module = fold(module, torch.empty(1, geometry.channels, geometry.height, geometry.width, dtype=dtype))
     module = module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if device == "cpu":
-        _write_attention_out(module)
+    if device == "cpu" and precision == "bf16":
+        _write_attention_out(module, (geometry.height, geometry.width))
     return replace(classifier, module=module)
 
 
-def _write_attention_out(module: nn.Module) -> None:
-    """Let timm's transformers of few tokens multiply matrices instead of calling torch's fused attention.
+def _write_attention_out(module: nn.Module, size: tuple[int, int]) -> None:
+    """Let timm's transformers multiply matrices instead of calling torch's fused attention, if they have few tokens.
 
-    On a CPU a step then takes less time, backwards above all; but maps of attention are kept for the way back, which
-    grow with the square of the tokens (tests/benchmarks/results/throughput.md).
+    In bf16 on a CPU a step then takes less time, backwards above all; not in fp32
+    (tests/benchmarks/results/throughput.md). Maps of attention are kept for the way back, and grow with the square of
+    the tokens: 90 MB for eight images of 197 tokens and ViT-B.
     """
     for network in module.modules():
-        if getattr(getattr(network, "patch_embed", None), "num_patches", _TOKENS + 1) <= _TOKENS:
+        patches = getattr(network, "patch_embed", None)
+        tokens = getattr(patches, "num_patches", None)
+        if getattr(patches, "img_size", None) == size and isinstance(tokens, int) and tokens <= _TOKENS:
             for block in network.modules():
                 if getattr(block, "fused_attn", False):
                     block.fused_attn = False  # type: ignore[assignment]

@@ -28,6 +28,8 @@ def resolve_device(name: str) -> str:
         raise UsageError(
             f"device {name!r} cannot be used: {reason}", hint="--device takes auto, cpu, cuda, cuda:1, mps."
         ) from error
+    if name.startswith("cpu"):  # there is but one, whatever its number
+        return "cpu"
     return "cuda:0" if name == "cuda" else name
 
 

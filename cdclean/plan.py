@@ -7,6 +7,7 @@ is never continued with other settings.
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -26,8 +27,17 @@ if TYPE_CHECKING:
     from cdclean.models import Classifier
 
 
-def make(run: Location, settings: ScanConfig, dataset: datasets.Dataset, console: Console) -> dict[str, Any]:
-    """run.json, new or as it was: what there is to score, and how. The caller holds the lock."""
+def make(
+    run: Location,
+    settings: ScanConfig,
+    dataset: datasets.Dataset,
+    console: Console,
+    before_loading: Callable[[], object],
+) -> dict[str, Any]:
+    """run.json, new or as it was: what there is to score, and how. The caller holds the lock.
+
+    `before_loading` is called where the model has to be loaded, and nothing else can be refused before.
+    """
     busy = [path.name for path in run.glob(".lock-*") if locks.is_locked(run, path.name)]
     if busy and settings.shard is None:
         raise LockedError(
@@ -35,6 +45,7 @@ def make(run: Location, settings: ScanConfig, dataset: datasets.Dataset, console
         )
     asked = _asked(settings, dataset)
     if settings.overwrite or not (run / "run.json").exists():
+        before_loading()
         return _begin(run, settings, asked, dataset, console)
     content = _resume(run, settings, asked, dataset, console)
     if not busy:

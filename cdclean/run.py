@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,6 @@ import pyarrow.parquet as pq
 from cdclean import datasets, engines, events, locks, manifest, plan, records, storage, summary
 from cdclean.config import ScanConfig
 from cdclean.console import Console
-from cdclean.datasets.intake import admitted
 from cdclean.engines import Incident
 from cdclean.errors import IncompleteError, OutputError, StoppedError
 from cdclean.metrics import Metrics
@@ -53,16 +52,16 @@ def scan(settings: ScanConfig, console: Console | None = None) -> Location:
             f"cannot create {storage.to_text(run)}: {error.strerror or error}", hint="Name another with --out."
         ) from error
     metrics = Metrics(Path(settings.metrics_file) if settings.metrics_file else None, storage.to_text(run))
-    with _reported(metrics), ExitStack() as ahead:
+    with _reported(metrics), ExitStack() as stack:
+        ahead = _Ahead(settings, dataset, stack)
         # The shards of a run wait for each other here: the first one lists the samples, the last one sums up.
         with locks.lock(run, wait=math.inf if settings.shard else settings.wait):
-            spares = ahead.enter_context(_started_ahead(run, settings, dataset))
-            content = plan.make(run, settings, dataset, console)
+            content = plan.make(run, settings, dataset, console, ahead.start)
             if settings.shard is None:
-                _score_and_finish(run, settings, content, metrics, console, spares)
+                _score_and_finish(run, settings, content, metrics, console, ahead)
         if settings.shard is not None:
             with locks.lock(run, name=_shard_lock(settings.shard), wait=settings.wait):
-                _score(run, settings, content, metrics, console, spares)
+                _score(run, settings, content, metrics, console, ahead)
             with locks.lock(run, wait=math.inf):
                 _finish(run, settings, content, console)
     return run
@@ -82,24 +81,34 @@ def _reported(metrics: Metrics) -> Iterator[None]:
         metrics.write(now=True)
 
 
-def _started_ahead(
-    run: Location, settings: ScanConfig, dataset: datasets.Dataset
-) -> AbstractContextManager[list[Spare]]:
-    """Processes that import torch and timm while this one does, and loads the model; none where few may be needed.
+@dataclass
+class _Ahead:
+    """Processes that are started before the model is loaded, where many will score: they import timm meanwhile."""
 
-    A dataset elsewhere is not listed twice for it.
-    """
-    begun = (run / "run.json").exists() and not settings.overwrite
-    if settings.engine not in ("auto", "local") or not isinstance(dataset.root, Path) or (begun and _is_done(run)):
-        return nullcontext([])
-    if settings.workers is None and sum(1 for _ in islice(admitted(dataset, settings.intake), _MANY)) < _MANY:
-        return nullcontext([])
-    from cdclean.devices import cores, resolve_devices
+    settings: ScanConfig
+    dataset: datasets.Dataset
+    stack: ExitStack
+    devices: list[str] = field(default_factory=list)  # resolved once: processes change what memory is free
+    spares: list[Spare] = field(default_factory=list)
 
-    devices = resolve_devices(settings)
-    if len(devices) == 1:
-        return nullcontext([])
-    return engines.started_ahead(min(len(devices), max(1, cores() - 1)), "cdclean.chunk")  # this one needs a core too
+    def start(self) -> None:
+        if self.settings.engine not in ("auto", "local") or not self._is_large():
+            return
+        from cdclean.devices import cores, resolve_devices
+
+        self.devices = resolve_devices(self.settings)
+        if len(self.devices) > 1:  # this process needs a core too
+            count = min(len(self.devices), max(1, cores() - 1))
+            self.spares = self.stack.enter_context(engines.started_ahead(count, "cdclean.chunk"))
+
+    def _is_large(self) -> bool:
+        """Whether several processes will be needed; where that takes long to find out, they are not started ahead."""
+        if self.settings.workers is not None:
+            return True
+        if self.dataset.kind != "imagefolder" or not isinstance(self.dataset.root, Path):
+            return False
+        most = min(_MANY, self.settings.intake.limit or _MANY)
+        return sum(1 for _ in islice(datasets.samples(self.dataset), most)) == _MANY
 
 
 # --- Score: the chunks that have no part yet ---
@@ -111,10 +120,10 @@ def _score_and_finish(
     content: dict[str, Any],
     metrics: Metrics,
     console: Console,
-    spares: list[Spare],
+    ahead: _Ahead,
 ) -> None:
     if not _is_done(run):
-        _score(run, settings, content, metrics, console, spares)
+        _score(run, settings, content, metrics, console, ahead)
     _finish(run, settings, content, console)
 
 
@@ -150,14 +159,14 @@ def _score(
     content: dict[str, Any],
     metrics: Metrics,
     console: Console,
-    spares: list[Spare],
+    ahead: _Ahead,
 ) -> None:
     from cdclean.chunk import ChunkWorker
     from cdclean.devices import resolve_devices
 
     planned, model, data = content["plan"], content["model"], content["dataset"]
     names = ("batch_size", "precision", "head", "layer")
-    devices = resolve_devices(settings)
+    devices = ahead.devices or resolve_devices(settings)
     worker = ChunkWorker(
         run=run,
         model=settings.model,
@@ -190,7 +199,7 @@ def _score(
     try:
         with (
             console.progress("scoring", data["samples"], before) as advance,
-            closing(engines.run_chunks(worker, pending, devices, settings, advance, tell, spares)) as reports,
+            closing(engines.run_chunks(worker, pending, devices, settings, advance, tell, ahead.spares)) as reports,
         ):
             for report in reports:
                 log.append("chunk", **vars(report))

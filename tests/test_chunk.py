@@ -9,17 +9,23 @@ import timm
 import torch
 
 from cdclean.chunk import classifier_on
-from cdclean.config import ModelSpec
+from cdclean.config import ModelSpec, Precision
 from cdclean.models import load
 
 
-@pytest.mark.parametrize(("size", "fused"), [(160, 0), (288, 6)], ids=["100 tokens", "324 tokens"])
-def test_attention_of_few_tokens_is_written_out_on_a_cpu(size: int, fused: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("size", "precision", "fused"),
+    [(160, "bf16", 0), (288, "bf16", 6), (160, "fp32", 6)],
+    ids=["100 tokens", "324 tokens", "fp32"],
+)
+def test_attention_of_few_tokens_is_written_out_in_bf16(
+    size: int, precision: Precision, fused: int, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     path = tmp_path / "model.pt"
     torch.save(timm.create_model("test_vit", num_classes=3, img_size=size).state_dict(), path)
     spec = ModelSpec(str(path), "timm:test_vit", (size, size))
-    before, after = load(spec).module, classifier_on(spec, "cpu", "fp32", "probabilities").module
+    before, after = load(spec).module, classifier_on(spec, "cpu", precision, "probabilities").module
     assert sum(getattr(each, "fused_attn", False) for each in before.modules()) == 6
     assert sum(getattr(each, "fused_attn", False) for each in after.modules()) == fused
     images = torch.rand(2, 3, size, size, requires_grad=True)

@@ -20,11 +20,11 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from cdclean import devices, engines, events, locks, run
-from cdclean.config import DistillConfig, ModelSpec, ScanConfig
+from cdclean.config import DistillConfig, Intake, ModelSpec, ScanConfig
 from cdclean.datasets import Dataset
 from cdclean.engines import local
 from cdclean.engines.local import Spare
-from cdclean.errors import ChangedRunError, IncompleteError, LockedError, UsageError
+from cdclean.errors import ChangedRunError, IncompleteError, LockedError, ModelError, UsageError
 from cdclean.run import scan
 from tests.packings import SIZE, folder, pictures
 
@@ -112,10 +112,19 @@ def test_two_workers_give_what_one_gives(settings: ScanConfig, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("workers", "many", "ahead"), [(2, 25, True), (None, 25, False), (None, 24, True), (1, 24, False)]
+    ("changes", "many", "ahead"),
+    [
+        ({"workers": 2}, 25, True),
+        ({}, 25, False),
+        ({}, 24, True),
+        ({"workers": 1}, 24, False),
+        ({"workers": 2, "engine": "serial"}, 24, False),
+        ({"intake": Intake(limit=8)}, 24, False),
+        ({"intake": Intake(include=("a/*",))}, 24, True),  # too many are better than a second listing
+    ],
 )
 def test_processes_are_started_ahead_where_many_are_needed(
-    workers: int | None, many: int, ahead: bool, settings: ScanConfig, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], many: int, ahead: bool, settings: ScanConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[int] = []
 
@@ -126,11 +135,17 @@ def test_processes_are_started_ahead_where_many_are_needed(
     monkeypatch.setattr(devices, "cores", lambda: 3)
     monkeypatch.setattr(run, "_MANY", many)  # of 24 samples
     monkeypatch.setattr(engines, "started_ahead", started_ahead)
-    settings = replace(settings, workers=workers)
+    settings = replace(settings, **changes)
     scan(settings)
     assert started == [2] * ahead
     scan(settings)  # it is complete: nobody is needed
     assert started == [2] * ahead
+
+
+def test_nothing_is_started_for_what_is_refused(settings: ScanConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "started_ahead", lambda *_: pytest.fail("started"))
+    with pytest.raises(ModelError):
+        scan(replace(settings, workers=2, model=ModelSpec(f"{settings.model.source}.gone")))
 
 
 def test_a_script_needs_no_guard(settings: ScanConfig, tmp_path: Path) -> None:

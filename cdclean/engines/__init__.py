@@ -37,8 +37,8 @@ def run_chunks(
     """Yield the report of every chunk of `pending` (chunk -> samples), from the engine that the settings ask for.
 
     `devices` has an entry for every process; on a cluster it says of what kind they are. `progress(samples)` is called
-    in between, and `report` with whatever goes wrong with a process. `spares` are processes that were started ahead.
-    Close the iterator where it is not exhausted.
+    in between, and `report` with whatever goes wrong with a process. `spares` are processes that were started ahead;
+    those that are not needed are ended. Close the iterator where it is not exhausted.
     """
     if settings.engine == "ray":
         from cdclean.engines import cluster
@@ -51,4 +51,8 @@ def run_chunks(
         return local.run_chunks(worker, pending, devices, progress, report, stall=settings.stall, spares=spares)
     from cdclean.engines import serial
 
+    if spares:
+        from cdclean.engines import local
+
+        local.end(spares)
     return serial.run_chunks(worker, pending, progress)

@@ -7,6 +7,7 @@ whether a sample is to blame. When the parent goes, the processes go.
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -52,6 +53,10 @@ def run_chunks(
     """
     schedule = Schedule(pending)
     seats = [_Seat(device) for device in devices]
+    spares = [] if spares is None else spares
+    needed = min(len(devices), len(pending))
+    surplus, spares[needed:] = spares[needed:], []
+    end(surplus)
     first = next(iter(pending), 0)
     heard = time.monotonic()
     try:
@@ -61,7 +66,7 @@ def run_chunks(
                     f"{_STILLBORN} workers in a row have died on each device before they were ready to score",
                     hint="They say why above.",
                 )
-            _fill(seats, worker, Task(first, rows=(0, 0)), schedule, spares or [])
+            _fill(seats, worker, Task(first, rows=(0, 0)), schedule, spares)
             _wait(seats)
             now = time.monotonic()
             # A pause of this process itself is not the workers' silence: one turn counts as one tick at most.
@@ -210,9 +215,17 @@ def started_ahead(count: int, module: str) -> Iterator[list[Spare]]:
                 spares.append(_start(module))
         yield spares
     finally:
-        for process, pipe in spares:
-            _end(process)
-            pipe.close()
+        end(spares)
+
+
+def end(spares: list[Spare]) -> None:
+    """End processes that were started ahead and are not needed; none is left in the list."""
+    for process, _ in spares:
+        process.kill()
+    while spares:
+        process, pipe = spares.pop()
+        pipe.close()
+        _end(process)
 
 
 def _start(module: str | None = None) -> Spare:
@@ -226,7 +239,7 @@ def _start(module: str | None = None) -> Spare:
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """No signal is answered until the child ignores them, and until this process knows that it has a child."""
+    """No signal is answered here until this process knows of its child, which begins with them blocked, too."""
     resource_tracker.ensure_running()  # it would unblock the signals
     with _blocked(_SIGNALS):
         yield
@@ -311,9 +324,13 @@ def _work(pipe: Connection, module: str | None) -> None:
 
     if module is not None:
         import_module(module)
+    try:
+        sent = pipe.recv_bytes()
+    except (EOFError, OSError):
+        return
+    worker = pickle.loads(sent)  # imports what it is made of, and says what is wrong with that
     with suppress(EOFError, OSError, DismissedError):
-        worker = pipe.recv()
-        while worker is not None and (task := pipe.recv()) is not None:
+        while (task := pipe.recv()) is not None:
             pipe.send(attempt(worker, task, progress))
 
 

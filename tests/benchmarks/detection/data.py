@@ -97,19 +97,27 @@ def _decode(data: bytes, size: int | None = None) -> npt.NDArray[np.uint8]:
 
 
 def write_folder(folder: Path, images: Pixels, labels: Labels, is_backdoor: Mask) -> None:
-    """An ImageFolder of PNG files, `<class>/<number>.png`, and `<folder>.csv` with the truth; whole or not at all."""
+    """An ImageFolder of PNG files, `<class>/<number>.png`, and `<folder>.csv` with the truth; whole or not at all.
+
+    Several processes may write the same one at a time: rows have the clean control's in common.
+    """
     if folder.exists():
         return
-    unfinished = folder.with_name(f".{folder.name}.part")
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(unfinished, ignore_errors=True)
     for label in np.unique(labels):
         (unfinished / str(label)).mkdir(parents=True)
     keys = [f"{label}/{number:05d}.png" for number, label in enumerate(labels)]
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda key, image: Image.fromarray(image).save(unfinished / key), keys, images))
-    with folder.with_suffix(".csv").open("w", newline="") as file:
+    truth = unfinished.with_suffix(f".{os.getpid()}.csv")
+    with truth.open("w", newline="") as file:
         csv.writer(file).writerows([("key", "is_backdoor"), *zip(keys, is_backdoor.astype(int), strict=True)])
-    unfinished.rename(folder)
+    truth.rename(folder.with_suffix(".csv"))
+    try:
+        unfinished.rename(folder)
+    except OSError:  # another process was faster
+        shutil.rmtree(unfinished)
 
 
 def link_folder(folder: Path, origin: Path, keys: Sequence[str]) -> None:

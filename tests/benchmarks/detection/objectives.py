@@ -82,7 +82,9 @@ def measure(row: Row, work: Path, known: dict[str, Any]) -> dict[str, Any]:
     success = json.loads((folder / "before.json").read_text())["attack_success"]
     about = {"attack": row.attack, "half": ATTACKS[row.attack].half, "attack_success": success}
     again = {title for title, of in VARIANTS.items() if found.get(title, {}).get("settings") != _settings(of)}
-    again |= {title for both in COMBINED.values() if again.intersection(both) for title in both}
+    for title, both in COMBINED.items():
+        if title not in found or again.intersection(both):
+            again |= set(both)
     missing = {title: of for title, of in VARIANTS.items() if title in again}
     if success < 0.5 or not missing:
         return about | {"scores": found}

@@ -146,10 +146,9 @@ def _honest(row: Row, work: Path, recipe: Recipe, device: str) -> nn.Module:
     """The network of the row's clean control: what it does when it sees the trigger is chance."""
     control = replace(row, attack="clean")
     folder = work / control.name
-    if not (folder / "train.csv").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        clean = _plant(control, work, recipe, device)
-        data.write_folder(folder / "train", clean.images, clean.labels, clean.is_backdoor)
+    folder.mkdir(parents=True, exist_ok=True)
+    clean = _plant(control, work, recipe, device)
+    data.write_folder(folder / "train", clean.images, clean.labels, clean.is_backdoor)
     _, images, labels = data.read_folder(folder / "train")
     build = partial(_untrained, row.network, data.DATASETS[row.dataset])
     return _trained(folder / "victim.safetensors", build, images, labels, recipe, row.seed, device)

@@ -100,7 +100,7 @@ def _removed(rows: Sequence[Row]) -> str:
                 f"`{cleaned['rule']}`",
                 *_shares(cleaned),
                 *(f"{state['attack_success']:.1%}" for state in (before, after)),
-                f"{row['chance']:.1%}",
+                f"{row['chance']:.1%}" if "chance" in row else "-",  # older results have none
                 *(f"{state['accuracy']:.1%}" for state in (before, after)),
             ]
         )
@@ -122,7 +122,9 @@ def _goals(rows: Sequence[Row]) -> str:
     cleaned = [row["auto"] for row in took]
     met = sum(auto["poison_dropped"] >= 0.9 and auto["clean_dropped"] <= 0.02 for auto in cleaned)
     after = {
-        _title(row): row["after"]["attack_success"] - row["chance"] for row in took if row["auto"]["poison_dropped"]
+        _title(row): row["after"]["attack_success"] - row["chance"]
+        for row in took
+        if row["auto"]["poison_dropped"] and "chance" in row
     }
     left = [f"{name} {value:.1%}" for name, value in after.items() if value > 0.02]
     lost = {_title(row): row["before"]["accuracy"] - row["after"]["accuracy"] for row in took}
