@@ -43,9 +43,9 @@ def run_chunks(
 ) -> Generator[Report, None, None]:
     """Yield the report of every chunk of `pending` (chunk -> samples) as soon as its part is on disk.
 
-    One process per entry of `devices`, and no more than there are chunks; those in `spares` are taken first.
-    `progress(samples)` is called in between, once for every sample, and `report` with whatever goes wrong. A process
-    that has a task and has sent no sign of life for `stall` seconds is killed.
+    One process per entry of `devices`, and no more than there are chunks. Those in `spares` are taken first, and ended
+    if they are too many. `progress(samples)` is called in between, once for every sample, and `report` with whatever
+    goes wrong. A process that has a task and has sent no sign of life for `stall` seconds is killed.
 
     Raises what a worker raises: a CdcleanError as it is, anything else as a CdcleanError with the traceback.
     Raises IncompleteError where a chunk cannot be scored, or where no process stays alive. No process is left when
