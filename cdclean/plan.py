@@ -36,7 +36,7 @@ def make(
 ) -> dict[str, Any]:
     """run.json, new or as it was: what there is to score, and how. The caller holds the lock.
 
-    `before_loading` is called where the model has to be loaded, and nothing else can be refused before.
+    `before_loading` is called when the model has to be loaded, and whatever is refused sooner has been.
     """
     busy = [path.name for path in run.glob(".lock-*") if locks.is_locked(run, path.name)]
     if busy and settings.shard is None:

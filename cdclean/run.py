@@ -58,7 +58,9 @@ def scan(settings: ScanConfig, console: Console | None = None) -> Location:
         with locks.lock(run, wait=math.inf if settings.shard else settings.wait):
             content = plan.make(run, settings, dataset, console, ahead.start)
             if settings.shard is None:
-                _score_and_finish(run, settings, content, metrics, console, ahead)
+                if not _is_done(run):
+                    _score(run, settings, content, metrics, console, ahead)
+                _finish(run, settings, content, console)
         if settings.shard is not None:
             with locks.lock(run, name=_shard_lock(settings.shard), wait=settings.wait):
                 _score(run, settings, content, metrics, console, ahead)
@@ -112,19 +114,6 @@ class _Ahead:
 
 
 # --- Score: the chunks that have no part yet ---
-
-
-def _score_and_finish(
-    run: Location,
-    settings: ScanConfig,
-    content: dict[str, Any],
-    metrics: Metrics,
-    console: Console,
-    ahead: _Ahead,
-) -> None:
-    if not _is_done(run):
-        _score(run, settings, content, metrics, console, ahead)
-    _finish(run, settings, content, console)
 
 
 def _finish(run: Location, settings: ScanConfig, content: dict[str, Any], console: Console) -> None:

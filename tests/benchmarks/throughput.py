@@ -5,10 +5,11 @@
 The yardstick is the published method, written out plainly: eager fp32, 100 steps on the L1 distance of the logits, the
 loss averaged over the batch, colours drawn on the host and moved at every step. It decodes the same files and writes
 its scores to Parquet, with torch's default number of threads. The scan has its default settings, thumbnails included,
-and then those of --preset fast. Each run is a process of its own, the three in turn. Rates are without start-up, which
-stands beside them: the yardstick's from its first file to its last, the scan's from the start of its first chunk to the
-end of its last. Where a run takes fewer steps than it would, its seconds are multiplied: the yardstick's for
-distillation alone, the scan's as a whole, so that the rest of a scan counts too often.
+and then those of --preset fast. Each run is a process of its own, the three in turn. Rates are without start-up: the
+yardstick's from its first file to its last, the scan's from the start of its first chunk to the end of its last. The
+start-up of the scan with its default settings, from its launch to its first chunk, stands beside them. Where a run
+takes fewer steps than it would, its seconds are multiplied: the yardstick's for distillation alone, the scan's as a
+whole, so that the rest of a scan counts too often.
 """
 
 from __future__ import annotations
@@ -149,14 +150,14 @@ def run_yardstick(data: str, model: list[Any], out: str, steps: int, device: str
 
 
 def run_loop(
-    model: list[Any], threads: int, batches: int, steps: int, precision: Precision = "fp32", fused: bool = False
+    model: list[Any], threads: int, batches: int, steps: int, precision: Precision = "fp32", fused: bool | None = None
 ) -> Figures:
-    """Distillation alone, on noise, with so many threads an operation; `fused`: with torch's fused attention."""
+    """Distillation alone, on noise, with so many threads an operation, and with torch's fused attention or without."""
     classifier = classifier_on(spec(*model), "cpu", "fp32", "probabilities")
     torch.set_num_threads(threads)
     for block in classifier.module.modules():
-        if fused and hasattr(block, "fused_attn"):
-            block.fused_attn = True  # type: ignore[assignment]
+        if fused is not None and hasattr(block, "fused_attn"):
+            block.fused_attn = fused  # type: ignore[assignment]
     config, images = _noise(classifier, "cpu", steps)
     config = replace(config, precision=precision)
     distill(classifier.module, images, replace(config, steps=1))
@@ -349,7 +350,7 @@ def processes_or_threads(here: Path, chosen: list[Network], steps: int, repeats:
         for _ in range(repeats):
             one = child("loop", **common, threads=2, batches=2).figures()["rate"]
             two = [child("loop", **common, threads=1, batches=1) for _ in range(2)]
-            ratios.append(sum(child.figures()["rate"] for child in two) / one)
+            ratios.append(sum(each.figures()["rate"] for each in two) / one)
         yield {"network": network.name, "ratio": middle(ratios), "ratios": [short(ratio) for ratio in ratios]}
 
 
