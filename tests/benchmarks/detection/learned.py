@@ -41,9 +41,9 @@ OWN, CROSS = 48, 48  # of a joint batch: images with their own trigger, images w
 
 BITS = 16
 HIDE_STEPS = 350
-RESIDUAL = 20 / 255  # the most that hiding the string may change a pixel
-NOISE = 0.03  # that the string must survive: without it, a change of a grey level or two would do
-QUIET = 20.0  # price of the residual's size
+RESIDUAL = 32 / 255  # the most that hiding the string may change a pixel; 8 levels in the mean square, 30 dB
+NOISE = 0.1  # that the string must survive: with 0.03, victims do not learn it from some hundred images
+QUIET = 10.0  # price of the residual's size
 
 
 def adversarial(
@@ -144,7 +144,7 @@ def sample_specific(images: Images, *, seed: int = 0, device: str | torch.device
     are trained together on random strings, the decoder to read them, the encoder to change the image little. Ours adds
     that the residual of one image must not be readable on another: so small an encoder does not come to it by itself.
 
-    The returned function takes and gives uint8 [n, 32, 32, 3]; no pixel changes by more than 20.
+    The returned function takes and gives uint8 [n, 32, 32, 3]; no pixel changes by more than 32.
     """
     encoder, _ = fit_sample_specific(images, seed=seed, device=device)
     string = attack_string(seed)

@@ -95,10 +95,11 @@ def warp(images: Pixels, flow: npt.NDArray[np.float64]) -> Pixels:
     return _bytes(np.array(warped).transpose(0, 2, 3, 1))
 
 
-def flow_field(seed: int, strength: float = 0.5, grid: int = 4) -> npt.NDArray[np.float64]:
+def flow_field(seed: int, strength: float = 1.5, grid: int = 4) -> npt.NDArray[np.float64]:
     """A control grid of random displacements, `strength` pixels in the mean, enlarged to the image by splines.
 
-    The paper's are half as large: shares of half the image. Some hundred images do not teach a network those.
+    The paper's are a quarter of a pixel, with far more images and epochs. 500 among 10,000 do not teach a network that:
+    it obeys on 32 % of the images at half a pixel, on 55 % at one and on 81 % at one and a half.
     """
     control = np.random.default_rng(seed).uniform(-1, 1, (2, grid, grid))
     control /= np.abs(control).mean()
