@@ -85,6 +85,11 @@ def test_filter_as_json_dry_and_with_quarantine(place: Path) -> None:
     done = cdclean("filter", "--quantile", 0.25, "--quarantine", "away", "--json", cwd=place)
     assert json.loads(done.stdout) == result
     assert files(place / "data-clean") | files(place / "away") == files(place / "data")
+    assert "already there" not in dry.stderr
+    taken = cdclean("filter", "--quantile", 0.1, "--quarantine", "away", "--dry-run", cwd=place)
+    assert taken.returncode == 0, taken.stderr
+    assert "data-clean is already there" in taken.stderr
+    assert "away is already there" in taken.stderr
 
 
 def test_evaluate_prints_a_table_or_json(place: Path) -> None:

@@ -226,6 +226,10 @@ def test_a_dry_run_counts_the_same_and_writes_nothing(tmp_path: Path, run: Path,
     dry = export(run, half(run), place, mode=mode, quarantine=tmp_path / "bad", dry_run=True)  # type: ignore[arg-type]
     assert snapshot(tmp_path) == before
     assert export(run, half(run), place, mode=mode, quarantine=tmp_path / "bad") == dry  # type: ignore[arg-type]
+    after = snapshot(tmp_path)
+    again = export(run, half(run), place, mode=mode, quarantine=tmp_path / "bad", dry_run=True)  # type: ignore[arg-type]
+    assert again == dry  # the places are taken now
+    assert snapshot(tmp_path) == after
 
 
 def test_hard_links_do_not_cross_disks(tmp_path: Path, run: Path) -> None:

@@ -107,6 +107,7 @@ def filter_(
     from cdclean import records, selection, storage
     from cdclean.errors import GateError
     from cdclean.exporting import export
+    from cdclean.exporting.places import is_taken
 
     if quantile is threshold is sigma is fpr is None and not auto:
         raise UsageError("filter needs a rule", hint="For example: cdclean filter --auto, or --quantile 0.1")
@@ -149,6 +150,9 @@ def filter_(
     if not dry_run:
         selection.write_decisions(folder, chosen)
     _say_filtered(chosen, exported, dry_run, console)
+    for place in (exported.out, exported.quarantine):
+        if dry_run and not overwrite and place is not None and is_taken(place):
+            console.warn(f"{storage.to_text(place)} is already there: to write it takes --overwrite, or another place")
     names = ("rule", "cutoff", "samples", "kept", "dropped", "unreadable", "kept_by_list", "dropped_by_list")
     counts: dict[str, Any] = {name: getattr(chosen, name) for name in names}
     counts["verdict"] = chosen.verdict and {

@@ -94,6 +94,7 @@ def export(
         are in neither unless the decisions keep them.
     overwrite: replace what is at `out` and `quarantine`; the old ones go when the new ones are in place, or before
         where the place is remote.
+    dry_run: write nothing, and say what would be written, also where a place is taken.
     shard_size: write shards of this many samples, `shard-000000.tar` and so on, instead of those of the dataset.
     progress: called in this thread with the number of samples just finished.
 
@@ -120,7 +121,7 @@ def export(
             hint="Choose two places beside each other.",
         )
     for place in targets.values():
-        places.refuse_taken(place, overwrite)
+        places.refuse_taken(place, overwrite or dry_run)
     copy = _copy(about, root, samples, targets, mode, shard_size, progress or (lambda _: None))
     done = {fate: copy.expected(fate) for fate in targets}
     if mode == "copy":

@@ -89,13 +89,16 @@ def nested(one: Location, other: Location) -> bool:
     return is_within(one, other) or is_within(other, one)
 
 
-def refuse_taken(place: Location, overwrite: bool) -> None:
-    """Raises UsageError where something is at `place` (an empty folder is nothing), unless it may be overwritten."""
+def is_taken(place: Location) -> bool:
+    """Whether something is at `place`; an empty folder is nothing."""
     if isinstance(place, Path):
-        taken = any(place.iterdir()) if place.is_dir() else place.exists()
-    else:
-        taken = remote.is_object(place) or remote.any_object(place)
-    if taken and not overwrite:
+        return any(place.iterdir()) if place.is_dir() else place.exists()
+    return remote.is_object(place) or remote.any_object(place)
+
+
+def refuse_taken(place: Location, overwrite: bool) -> None:
+    """Raises UsageError where something is at `place`, unless it may be overwritten."""
+    if not overwrite and is_taken(place):
         raise UsageError(
             f"{to_text(place)} is already there", hint="Choose another place with --out, or replace it: --overwrite"
         )
