@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdclean import records, schema, storage
@@ -352,11 +353,13 @@ def _scores(distilled: Distilled, config: DistillConfig, classes: int) -> Iterat
     if distilled.logits is not None and classes:
         logits = distilled.logits.float()
         independent = config.head in INDEPENDENT
+        if logits.shape[1] == 1:  # one output says yes or no: softmax of 0 and z is sigmoid of z
+            logits, independent = F.pad(logits, (1, 0)), False
         probability = logits.sigmoid() if independent else logits.softmax(1)
-        best = logits.topk(min(2, logits.shape[1]), dim=1).values
+        best = logits.topk(2, dim=1).values
         columns["prediction"] = logits.argmax(1).tolist()
         columns["confidence"] = probability.amax(1).tolist()
-        columns["margin"] = (best[:, 0] - best[:, 1] if best.shape[1] == 2 else best[:, 0].abs()).tolist()
+        columns["margin"] = (best[:, 0] - best[:, 1]).tolist()
     for row, finite in enumerate(_finite(distilled).tolist()):
         if finite:
             yield {name: values[row] for name, values in columns.items()}

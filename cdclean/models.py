@@ -30,8 +30,8 @@ class Classifier:
     geometry: Geometry
     mean: tuple[float, ...]  # per channel, of pixels in [0, 1]; applied inside `module`
     std: tuple[float, ...]
-    classes: int  # 0: no classifier
-    class_names: tuple[str, ...] | None  # in the order of the outputs
+    classes: int  # 0: no classifier; 2 where one output says yes or no
+    class_names: tuple[str, ...] | None  # in the order of the outputs; no before yes
     architecture: str  # timm:NAME, package.module:factory, or the form of a file that brings its own
     weights: str  # as `checkpoints.identity` gives it
 
@@ -85,7 +85,7 @@ def load(spec: ModelSpec) -> Classifier:
     geometry, mean, std = _preprocessing(spec, metadata, network)
     module = Normalized(network.module, mean, std).float().eval().requires_grad_(False)
     width = _try(module, geometry, spec.source)
-    classes = 0 if network.headless else width
+    classes = 0 if network.headless else 2 if width == 1 else width
     return Classifier(
         module=module,
         geometry=geometry,

@@ -46,7 +46,11 @@ _RECORDS: Columns = [
     ("content_hash", pa.string(), "SHA-256 of the encoded image, hexadecimal"),
     ("width", pa.int32(), "of the decoded image, upright, in pixels"),
     ("height", pa.int32(), "of the decoded image, upright, in pixels"),
-    ("prediction", pa.int64(), "index of the model's class with the largest output"),
+    (
+        "prediction",
+        pa.int64(),
+        "index of the model's class with the largest output; of one output: 1 for yes, 0 for no",
+    ),
     ("confidence", pa.float32(), "probability of that class"),
     ("margin", pa.float32(), "largest minus second largest logit"),
     ("mask_norm", pa.float64(), "L1 norm of the mask in model-input pixels: the score, small is suspicious"),
