@@ -3,8 +3,8 @@
 Keys and urls are text; local file names are bytes. `to_text` maps any name to text and back without loss: names that
 are UTF-8 stay as they are (a backslash is doubled), other bytes become \\xNN.
 
-A `Location` is a local pathlib.Path, or a UPath with the same methods for s3://, gs://, az://, hf://, https://,
-memory:// and the like. Credentials and endpoints come from where each of these usually takes them (for S3: the AWS_*
+A `Location` is a local pathlib.Path, or a UPath with the same methods for s3://, gs://, az://, hf://, https:// and
+memory://. Credentials and endpoints come from where each of these usually takes them (for S3: the AWS_*
 variables and ~/.aws), never from cdclean.
 """
 
@@ -34,8 +34,9 @@ _TEMPORARY = ".part"  # the end of an unfinished file's name
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
 _EXTRAS |= {"hf": "hf", "http": "http", "https": "http"}
-# What fsspec hands to a program or another machine's shell is not storage.
-_REFUSED = {"pipe", "ssh", "sftp", "ftp", "git", "github", "gist", "jupyter", "dask", "data", "reference", "smb"}
+# Of all that fsspec knows these alone: some hand names to a program, and some are the local disk by another name, which
+# what protects a dataset would not know.
+_KNOWN = {*_EXTRAS, "memory"}
 
 
 def locate(location: str | os.PathLike[str]) -> Location:
@@ -49,19 +50,23 @@ def locate(location: str | os.PathLike[str]) -> Location:
     if not _URL.match(text):
         return Path(text)
     scheme, _, rest = text.partition("://")
-    if scheme == "file":
+    scheme = scheme.lower()
+    if scheme in ("file", "local"):
         return Path(rest)
-    if scheme in _REFUSED:
-        raise UsageError(f"{text} is not a place that cdclean reads or writes", hint="Copy it, and give that path.")
+    if scheme not in _KNOWN:
+        raise UsageError(
+            f"{text} is not a place that cdclean reads or writes: it knows s3://, gs://, az://, hf://, https://",
+            hint="Copy it, and give that path.",
+        )
     try:
-        path = UPath(text)
+        path = UPath(f"{scheme}://{rest}")
         _ = path.fs
     except ImportError as error:
         extra = _EXTRAS.get(scheme)
         hint = f"pip install 'cdclean[{extra}]'" if extra else str(error)
         raise UsageError(f"{scheme}:// needs a library that is not installed", hint=hint) from error
     except ValueError as error:
-        raise UsageError(f"{text}: {error}", hint="Known: s3://, gs://, az://, hf://, https://, memory://") from error
+        raise UsageError(f"{text}: {error}", hint="Check the address.") from error
     return path
 
 

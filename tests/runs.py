@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cdclean.exporting.places import MARKER
 from cdclean.schema import MANIFEST, RECORDS, SCHEMA_VERSION
 from cdclean.selection import select
 from cdclean.storage import from_text, to_text
@@ -64,8 +65,9 @@ def snapshot(root: Path) -> dict[str, tuple[str, int, int]]:
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    """Relative path -> bytes of every file below `root`; {} where there is no such folder."""
-    return {to_text(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    """Relative path -> bytes of every file below `root`, but for a copy's marker; {} where there is no such folder."""
+    files = (path for path in root.rglob("*") if path.is_file() and path.name != MARKER)
+    return {to_text(path.relative_to(root)): path.read_bytes() for path in files}
 
 
 def half(run: Path) -> pa.Table:

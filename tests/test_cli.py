@@ -15,6 +15,7 @@ import timm
 import torch
 
 from cdclean.cli import app
+from cdclean.exporting.places import MARKER
 from cdclean.run import scan
 from tests.test_run import rows, settings, write_dataset
 
@@ -46,7 +47,8 @@ def place(finished: Path, tmp_path: Path) -> Path:
 
 
 def files(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    """Of a dataset or a copy of one, without the copy's marker."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {MARKER}
 
 
 def test_scan_prints_the_run_folder_and_nothing_else_on_stdout(finished: Path, tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_the_two_places_lie_beside_each_other(tmp_path: Path, run: Path, out: st
 
 
 def test_a_place_that_is_taken_is_kept_unless_overwritten(tmp_path: Path, run: Path) -> None:
-    out = write_tree(tmp_path / "clean", {"mine.txt": b"mine"})
+    out = write_tree(tmp_path / "clean", {"mine.txt": b"mine", places.MARKER: b""})
     bad = write_tree(tmp_path / "bad", {})
     for where in ({"out": out}, {"out": tmp_path / "new", "quarantine": out}):
         with pytest.raises(UsageError, match="clean is already there") as error:
@@ -109,8 +109,35 @@ def test_a_place_that_is_taken_is_kept_unless_overwritten(tmp_path: Path, run: P
     assert hidden(tmp_path) == []
 
 
+@pytest.mark.parametrize("argument", ["out", "quarantine"])
+def test_overwriting_replaces_nothing_but_copies(tmp_path: Path, run: Path, argument: str) -> None:
+    thesis = write_tree(tmp_path / "thesis", {"chapter.txt": b"hello"})
+    table = write_tree(tmp_path, {"truth.csv": b"key,is_backdoor\na,1\n"}) / "truth.csv"
+    where = {"out": tmp_path / "clean"} | {argument: thesis}
+    with pytest.raises(UsageError, match="thesis is not a copy that cdclean wrote"):
+        export(run, half(run), overwrite=True, **where)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"truth\.csv is not a copy that cdclean wrote"):
+        export(run, half(run), overwrite=True, mode="list", **where | {argument: table})  # type: ignore[arg-type]
+    assert contents(thesis) == {"chapter.txt": b"hello"}
+    assert table.read_bytes().startswith(b"key,is_backdoor")
+    assert not (tmp_path / "clean").exists()
+    for format in ("csv", "jsonl", "parquet", "csv"):  # each in the place of the one before
+        export(run, half(run), tmp_path / "list", mode="list", format=format, overwrite=True)  # type: ignore[arg-type]
+    assert (tmp_path / "list").read_bytes().startswith(b'"key","url"')
+
+
+def test_a_copy_of_a_copy_has_one_marker(tmp_path: Path, run: Path) -> None:
+    first = tmp_path / "first"
+    export(run, half(run), first)
+    again = write_run(tmp_path / "again.cdclean", dict.fromkeys(images(first), 1.0), dataset=first)
+    done = export(again, select(again, quantile=0).decisions, tmp_path / "second")
+    assert contents(tmp_path / "second") == contents(first)
+    assert (done.files, done.sidecars) == (2, len(contents(first)) - 2)
+    assert hidden(first) == hidden(tmp_path / "second") == [places.MARKER]
+
+
 def test_what_was_there_outlives_a_failed_overwrite(tmp_path: Path, data: Path, run: Path) -> None:
-    out = write_tree(tmp_path / "clean", {"mine.txt": b"mine"})
+    out = write_tree(tmp_path / "clean", {"mine.txt": b"mine", places.MARKER: b""})
     (data / "cat/1.jpg").write_bytes(b"two")
     with pytest.raises(InputError):
         export(run, half(run), out, quarantine=tmp_path / "bad", overwrite=True)
@@ -129,7 +156,9 @@ def test_a_place_that_is_taken_meanwhile_is_kept(tmp_path: Path, run: Path) -> N
 
 
 def test_both_places_are_replaced_or_none(tmp_path: Path, run: Path) -> None:
-    out, bad = (write_tree(tmp_path / name, {"old.txt": name.encode()}) for name in ("clean", "bad"))
+    out, bad = (
+        write_tree(tmp_path / name, {"old.txt": name.encode(), places.MARKER: b""}) for name in ("clean", "bad")
+    )
     # The quarantine goes first; then the old clean copy cannot be moved away, since something is in its way.
     block = {"old/block": b""}
     with pytest.raises(OutputError, match="cannot write"):
@@ -217,7 +246,7 @@ def script(run: Path, out: Path, end: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_killed_export_leaves_nothing_that_looks_whole_and_can_be_repeated(tmp_path: Path, many: Path) -> None:
-    out = write_tree(tmp_path / "place/clean", {"old.txt": b"old"})
+    out = write_tree(tmp_path / "place/clean", {"old.txt": b"old", places.MARKER: b""})
     assert script(many, out, "kill").returncode == -signal.SIGKILL
     assert contents(out) == {"old.txt": b"old"}
     assert not (tmp_path / "place/bad").exists()

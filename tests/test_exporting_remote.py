@@ -16,6 +16,7 @@ from upath import UPath
 
 from cdclean.errors import InputError, OutputError, UsageError
 from cdclean.exporting import export
+from cdclean.exporting.places import MARKER
 from cdclean.selection import select
 from cdclean.storage import Location, locate
 from tests.runs import FILES, NORMS, contents, half, hidden, images, snapshot, write_run, write_tree
@@ -38,11 +39,12 @@ def remote(address: str) -> UPath:
 
 
 def objects(address: str) -> dict[str, bytes]:
-    """Name below `address` -> bytes of every object there."""
+    """Name below `address` -> bytes of every object there, but for a copy's marker."""
     place = remote(address)
     place.fs.invalidate_cache()
     base = place.path.strip("/") + "/"
-    return {name.strip("/").removeprefix(base): place.fs.cat_file(name) for name in place.fs.find(place.path)}
+    names = (name for name in place.fs.find(place.path) if not name.endswith(f"/{MARKER}"))
+    return {name.strip("/").removeprefix(base): place.fs.cat_file(name) for name in names}
 
 
 def put(address: str, files: dict[str, bytes]) -> str:
@@ -126,6 +128,10 @@ def test_the_marker_of_one_copy_is_not_in_the_next(tmp_path: Path, run: Path, s3
 
 def test_a_remote_place_that_is_taken_is_kept_unless_overwritten(run: Path, store: str) -> None:
     put(f"{store}/clean", {"mine.txt": b"mine", "deep/er.txt": b"mine", "cat/1.jpg": b"old"})
+    with pytest.raises(UsageError, match="not a copy that cdclean wrote"):
+        export(run, half(run), locate(f"{store}/clean"), overwrite=True)
+    assert len(objects(f"{store}/clean")) == 3
+    put(f"{store}/clean", {MARKER: b""})
     put(f"{store}/clean-also", {"mine.txt": b"mine"})
     with pytest.raises(UsageError, match="clean is already there"):
         export(run, half(run), locate(f"{store}/clean"))
@@ -201,7 +207,7 @@ def test_a_changed_object_leaves_nothing(tmp_path: Path, run: Path, store: str) 
 def test_an_object_that_is_gone_is_named_before_anything_is_written(run: Path, store: str) -> None:
     moved(run, f"{store}/data")
     remote(f"{store}/data/cat/1.jpg").unlink()
-    put(f"{store}/clean", {"mine.txt": b"mine"})
+    put(f"{store}/clean", {"mine.txt": b"mine", MARKER: b""})
     with pytest.raises(InputError, match=r"cat/1\.jpg is gone since the scan"):
         export(run, half(run), locate(f"{store}/clean"), overwrite=True)
     assert objects(f"{store}/clean") == {"mine.txt": b"mine"}

@@ -26,9 +26,10 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from cdclean.datasets import open_dataset, samples
 from cdclean.errors import InputError, OutputError, UsageError
 from cdclean.exporting import Exported, export
+from cdclean.exporting.places import MARKER
 from cdclean.schema import DECISIONS, MANIFEST, RECORDS, SCHEMA_VERSION
 from cdclean.storage import Location, locate
-from tests.runs import hidden, snapshot
+from tests.runs import contents, hidden, snapshot
 
 Members = Sequence[tuple[str, bytes]]  # name, content; a name that ends in / is a folder
 
@@ -148,7 +149,7 @@ def listing(path: Path) -> list[tuple[str, bytes]]:
 
 
 def listings(folder: Path) -> dict[str, list[tuple[str, bytes]]]:
-    return {path.name: listing(path) for path in sorted(folder.iterdir())}
+    return {path.name: listing(path) for path in sorted(folder.iterdir()) if path.name != MARKER}
 
 
 def by_the_library(folder: Path) -> list[dict[str, Any]]:
@@ -190,9 +191,7 @@ def test_what_is_kept_is_as_it_was(tmp_path: Path, data: Path, run: Path) -> Non
 
 def test_nothing_dropped_nothing_changed(tmp_path: Path, data: Path, run: Path) -> None:
     done = export(run, decide(run, []), tmp_path / "clean")
-    assert {p.name: p.read_bytes() for p in (tmp_path / "clean").iterdir()} == {
-        p.name: p.read_bytes() for p in data.iterdir()
-    }
+    assert contents(tmp_path / "clean") == contents(data)
     assert done.emptied == ()
 
 
@@ -279,7 +278,7 @@ def test_what_could_not_be_scanned_is_left_out(tmp_path: Path) -> None:
     assert [name for name, _ in listing(tmp_path / "clean/0.tar")] == ["1.jpg", "README"]
     assert (done.files, done.sidecars, done.quarantined) == (1, 1, 0)
     assert {path.name for path in tmp_path.iterdir()} == {"shards", "clean", "bad", "x.cdclean"}
-    assert [path.name for path in (tmp_path / "clean").rglob("*")] == ["0.tar"]
+    assert list(contents(tmp_path / "clean")) == ["0.tar"]
 
 
 @pytest.mark.parametrize("ending", [".tar", ".tar.gz"])
@@ -382,7 +381,7 @@ def test_the_library_reads_just_what_was_kept(
         assert by_the_library(folder / "bad") == expected[False]
         assert (done.files, done.quarantined) == (len(expected[True]), len(expected[False]))
         if shard_size is None:
-            assert {path.name for path in (folder / "clean").iterdir()} == files.keys() - set(done.emptied)
+            assert contents(folder / "clean").keys() == files.keys() - set(done.emptied)
         assert snapshot(data) == before
         assert hidden(folder) == []
 
@@ -503,7 +502,7 @@ def test_shards_from_and_to_remote_storage(tmp_path: Path, ending: str) -> None:
     run = scanned(tmp_path / "x.cdclean", f"{store}/shards")
     done = export(run, decide(run, ["2", "4"]), remote(f"{store}/clean"), quarantine=tmp_path / "bad")
     export(run, decide(run, ["2", "4"]), tmp_path / "clean")
-    expected = {path.name: path.read_bytes() for path in (tmp_path / "clean").iterdir()} | {"_SUCCESS": b""}
+    expected = contents(tmp_path / "clean") | {"_SUCCESS": b""}
     assert objects(f"{store}/clean") == expected
     assert (done.files, done.quarantined) == (5, 2)
     with pytest.raises(UsageError, match="is, holds or lies in"):
@@ -524,4 +523,5 @@ def remote(address: str) -> UPath:
 
 def objects(address: str) -> dict[str, bytes]:
     place = remote(address)
-    return {name.removeprefix(f"{place.path}/"): place.fs.cat_file(name) for name in place.fs.find(place.path)}
+    found = {name.removeprefix(f"{place.path}/"): place.fs.cat_file(name) for name in place.fs.find(place.path)}
+    return {name: data for name, data in found.items() if name != MARKER}

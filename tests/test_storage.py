@@ -45,11 +45,12 @@ def test_any_name_is_text_and_back(name: bytes) -> None:
 
 def test_what_a_user_types_is_a_location(tmp_path: Path) -> None:
     assert locate("a/b") == Path("a/b")
-    assert locate("file:///a/b") == Path("/a/b")
+    for url in ("file:///a/b", "local:///a/b", "FILE:///a/b"):  # one disk by other names: as a path it is protected
+        assert locate(url) == Path("/a/b")
     assert locate(tmp_path) == tmp_path
     assert str(locate("memory://run/x")) == "memory://run/x"
     assert locate("strange:name") == Path("strange:name")
-    for url in ("pipe://cat", "ssh://host/x", "simplecache::s3://bucket/x", "nothing://x"):
+    for url in ("pipe://cat", "ssh://host/x", "simplecache::s3://bucket/x", "nothing://x", "dir:///x", "generic:///x"):
         with pytest.raises(UsageError):
             locate(url)
     with pytest.raises(UsageError, match=r"gs:// needs") as raised:

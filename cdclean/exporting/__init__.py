@@ -92,8 +92,8 @@ def export(
         class_name, mask_norm, mask_density, prediction, keep, reason.
     quarantine: a folder that gets the dropped samples and their sidecars, in the same tree. Samples without a score
         are in neither unless the decisions keep them.
-    overwrite: replace what is at `out` and `quarantine`; the old ones go when the new ones are in place, or before
-        where the place is remote.
+    overwrite: replace an earlier copy or list at `out` and `quarantine`, and nothing else: every copy has an empty file
+        `.cdclean-copy`. The old ones go when the new ones are in place, or before where the place is remote.
     dry_run: write nothing, and say what would be written, also where a place is taken.
     shard_size: write shards of this many samples, `shard-000000.tar` and so on, instead of those of the dataset.
     progress: called in this thread with the number of samples just finished.

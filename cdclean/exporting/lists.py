@@ -17,11 +17,12 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from cdclean.errors import UsageError
-from cdclean.storage import Location, atomic_write
+from cdclean.storage import Location, answering, atomic_write
 
 Format = Literal["csv", "jsonl", "parquet"]
 
 _ROWS = 1 << 14  # as Python objects at a time
+_FIRST, _SECOND = "key", "url"  # columns that every list begins with
 
 
 def write_list(table: pa.Table, place: Location, format: Format) -> None:
@@ -43,6 +44,18 @@ def write_list(table: pa.Table, place: Location, format: Format) -> None:
             pq.write_table(table, file, compression="zstd")
         else:
             file.writelines(_json_lines(table))
+
+
+def is_list(place: Location) -> bool:
+    """Whether the file `place` is a list, in any of the formats, by how it begins, or empty. Raises OSError."""
+    with answering(), place.open("rb") as file:
+        head = file.read(64)
+        if head.startswith(b"PAR1"):
+            try:
+                return pq.ParquetFile(file).schema_arrow.names[:2] == [_FIRST, _SECOND]
+            except pa.ArrowInvalid:
+                return False
+    return not head or head.startswith((f'"{_FIRST}","{_SECOND}"'.encode(), f'{{"{_FIRST}": '.encode()))
 
 
 def _json_lines(table: pa.Table) -> Iterator[bytes]:

@@ -14,8 +14,10 @@ import pyarrow.compute as pc
 
 from cdclean.errors import OutputError, UsageError
 from cdclean.exporting import remote
-from cdclean.storage import Location, from_text, is_within, to_text
+from cdclean.exporting.lists import is_list
+from cdclean.storage import Location, answering, from_text, is_within, to_text
 
+MARKER = ".cdclean-copy"  # an empty file in every copy: what has none is not replaced
 _PROBE = ".cdclean-probe"
 _NEW = "Choose another place."
 _BESIDE = "Choose a place beside it."
@@ -97,11 +99,33 @@ def is_taken(place: Location) -> bool:
 
 
 def refuse_taken(place: Location, overwrite: bool) -> None:
-    """Raises UsageError where something is at `place`, unless it may be overwritten."""
-    if not overwrite and is_taken(place):
+    """Raises UsageError where something is at `place`, unless it is an earlier copy that may be overwritten."""
+    if not is_taken(place):
+        return
+    if not overwrite:
         raise UsageError(
             f"{to_text(place)} is already there", hint="Choose another place with --out, or replace it: --overwrite"
         )
+    if not _is_copy(place):
+        raise UsageError(
+            f"{to_text(place)} is not a copy that cdclean wrote, so --overwrite does not replace it",
+            hint="Choose another place, or remove it yourself.",
+        )
+
+
+def _is_copy(place: Location) -> bool:
+    """Whether what is at `place` was written by an export, as far as one can see: a folder's marker, a list's head."""
+    try:
+        with answering():
+            marked = (place / MARKER).exists() if _is_folder(place) else is_list(place)
+    except OSError as error:
+        raise OutputError(f"{to_text(place)} cannot be looked at: {error.strerror or error}", hint=_NEW) from error
+    return marked
+
+
+def _is_folder(place: Location) -> bool:
+    """Whether there is a folder at `place`, or, on remote storage, objects below it."""
+    return place.is_dir() if isinstance(place, Path) else remote.any_object(place)
 
 
 def make_parent(place: Location) -> None:

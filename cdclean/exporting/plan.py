@@ -19,6 +19,7 @@ from cdclean.datasets import Entry, walk
 from cdclean.errors import InputError, Status
 from cdclean.exporting import remote
 from cdclean.exporting.filled import Filled
+from cdclean.exporting.places import MARKER
 from cdclean.storage import Location, to_text
 
 _ENTRIES = 1 << 14  # entries in memory at a time
@@ -127,7 +128,7 @@ def _list(root: Location) -> tuple[pa.Table, pa.Table, list[str], list[str]]:
             problems.append(to_text(entry.relative))
         elif entry.kind == "folder":
             folders.append(entry.relative)
-        elif entry.relative != remote.SUCCESS:  # left by an earlier export: it says nothing of this one
+        elif entry.relative not in (remote.SUCCESS, MARKER):  # of an earlier export: they say nothing of this one
             waiting[entry.kind].append(entry)
             if len(waiting[entry.kind]) == _ENTRIES:
                 store(entry.kind)

@@ -15,10 +15,10 @@ from pathlib import Path
 from cdclean.errors import OutputError
 from cdclean.exporting import remote
 from cdclean.exporting.filled import Filled
-from cdclean.exporting.places import make_parent, refuse_taken
+from cdclean.exporting.places import MARKER, make_parent, refuse_taken
 from cdclean.exporting.plan import Fate
 from cdclean.locks import lock
-from cdclean.storage import Location, sync_folder, to_text
+from cdclean.storage import Location, atomic_write, sync_folder, to_text
 
 Fill = Callable[[Fate, Location], Filled]
 
@@ -34,10 +34,15 @@ def write(places: Mapping[Fate, Location], fill: Fill, overwrite: bool) -> dict[
             local = {fate: place for fate, place in places.items() if isinstance(place, Path)}
             stages = {fate: held.enter_context(_stage(place)) for fate, place in local.items()}
             filled = {fate: fill(fate, stage / "new") for fate, stage in stages.items()}
+            for stage in stages.values():
+                (stage / "new" / MARKER).touch()
             uploads = {fate: place for fate, place in places.items() if not isinstance(place, Path)}
             for fate, place in uploads.items():
                 refuse_taken(place, overwrite)  # by now
-                filled[fate] = fill(fate, held.enter_context(remote.fresh(place)))
+                target = held.enter_context(remote.fresh(place))
+                with atomic_write(target / MARKER):  # first: what a killed one leaves is a copy too
+                    pass
+                filled[fate] = fill(fate, target)
             if stages:
                 os.sync()  # once for all files: a rename must not reach the disk before they do
             with ExitStack() as undo:
