@@ -5,6 +5,7 @@ Also how to ask without leaving a trace: evaluation mode, frozen parameters, and
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -27,11 +28,13 @@ class Answer:
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         captured: list[Tensor] = []
-        hook = (
-            self.layer.register_forward_hook(lambda *call: captured.append(first_tensor(call[2])))
-            if self.layer
-            else None
-        )
+        mine = threading.get_ident()  # threads may share a model, each with images of its own
+
+        def capture(_module: nn.Module, _inputs: object, output: object) -> None:
+            if threading.get_ident() == mine:
+                captured.append(first_tensor(output))
+
+        hook = self.layer.register_forward_hook(capture) if self.layer else None
         try:
             with autocast(images.device.type, self.precision):
                 output = first_tensor(self.model(images)).to(images.dtype)
@@ -68,8 +71,10 @@ def linear_inputs(model: nn.Module) -> Iterator[list[tuple[int, Tensor]]]:
     """What enters the linear layers of `model` inside, one vector an image, with the number of their outputs."""
     entered: list[tuple[int, Tensor]] = []
 
+    mine = threading.get_ident()  # threads may share a model, each with images of its own
+
     def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if inputs and inputs[0].ndim == 2:
+        if inputs and inputs[0].ndim == 2 and threading.get_ident() == mine:
             entered.append((layer.out_features, inputs[0].detach()))  # type: ignore[arg-type]
 
     hooks = [module.register_forward_pre_hook(note) for module in model.modules() if isinstance(module, nn.Linear)]

@@ -6,6 +6,9 @@ clustering (Chen et al. 2018, arXiv 1811.03728) and SCAn (Tang et al. 2021, arXi
 classes share the covariance of what varies within any of them, and a class is one normal distribution or two that have
 it; other than there, no trusted images are needed, and a split has to show on images that it was not fitted to.
 
+Masks and margins help to find the two groups. Whether they are two is asked of the embedding alone: the masks of a
+class that the network also sees in an empty picture fall into two by themselves, those that need nothing and the rest.
+
 A class of two honest kinds falls apart as well. Masks tell the difference: verdict.py.
 """
 
@@ -42,7 +45,7 @@ class Split:
     of: int  # class
     rows: Integers  # [m] of the samples of that class
     beyond: Floats  # [m] how far into the group of the smaller masks, in standard deviations within a group; 0: between
-    gain: float  # nats a sample that two groups explain better than one, on samples that were not fitted
+    gain: float  # nats a sample by which two groups explain the embedding better, on samples that were not fitted
     least: float  # the same, less three standard errors: many classes are asked
 
     @property
@@ -57,8 +60,8 @@ def separate(
     """The classes that fall apart most, the clearest first; the result does not depend on the samples' order.
 
     embedding: [n, d] what the network makes of each image, finite. classes: [n] predicted class. density: [n] mask
-    densities. margin: [n] largest minus second largest logit. The logarithms of the last two are dimensions like those
-    of the embedding; and masks say where to begin, and which of two groups is the suspect.
+    densities. margin: [n] largest minus second largest logit. To who belongs where, the logarithms of the last two are
+    dimensions like those of the embedding; and masks say where to begin, and which of two groups is the suspect.
     """
     if len(classes) < SMALLEST:
         return []
@@ -75,7 +78,8 @@ def separate(
             one.group = _halves(points, one.density) if one.group is None else _two_means(points, one.group)
             one.explained = 0.0 if one.group is None else _explained(points, one.group)
     every.sort(key=lambda one: -one.explained)
-    tried = [_split(int(classes[one.rows[0]]), one, samples, white) for one in every[:CANDIDATES]]
+    seen = _whitening(every, embedding.shape[1])
+    tried = [_split(int(classes[one.rows[0]]), one, samples, white, seen) for one in every[:CANDIDATES]]
     return sorted((split for split in tried if split is not None), key=lambda split: (-split.least, split.of))
 
 
@@ -100,12 +104,16 @@ def _points(embedding: npt.NDArray[np.float32], density: Floats, margin: Floats 
     return np.concatenate([embedding, both_scores(density, margin)[:, ::-1]], 1).astype(np.float32)
 
 
-def _whitening(every: list[_Class]) -> Floats:
-    """[d, d] that makes what varies within classes, or within their groups where they have some, of one size."""
+def _whitening(every: list[_Class], dimensions: int | None = None) -> Floats:
+    """[d, d] that makes what varies within classes, or within their groups where they have some, of one size.
+
+    Of the first `dimensions`, or of all.
+    """
     from sklearn.covariance import ledoit_wolf
 
     step = -(-sum(len(one.points) for one in every) // POOLED)
-    covariance, _ = ledoit_wolf(np.concatenate(list(_residuals(every, step))), assume_centered=True)
+    residuals = np.concatenate(list(_residuals(every, step)))[:, :dimensions]
+    covariance, _ = ledoit_wolf(residuals, assume_centered=True)
     values, vectors = np.linalg.eigh(covariance)
     largest = max(float(values[-1]), 1e-30)
     whitening: Floats = vectors / np.sqrt(np.maximum(values, 1e-6 * largest))
@@ -167,10 +175,13 @@ def _explained(points: Floats, group: Mask) -> float:
 # --- One class: do two groups hold on samples that they were not found on, and who belongs to which? ---
 
 
-def _split(of: int, one: _Class, samples: npt.NDArray[np.float32], white: Floats) -> Split | None:
+def _split(of: int, one: _Class, samples: npt.NDArray[np.float32], white: Floats, seen: Floats) -> Split | None:
     points, masks = one.points @ white, one.density
+    features = one.points[:, : len(seen)] @ seen
     fold = np.arange(len(points)) % FOLDS  # in the order of the masks, so that all have large and small ones
-    parts = [_gains(points[fold != i], masks[fold != i], points[fold == i]) for i in range(FOLDS)]
+    parts = [
+        _gains(points[rest], masks[rest], features[rest], features[~rest]) for rest in (fold != i for i in range(FOLDS))
+    ]
     gains = [part for part in parts if part is not None]
     group = _halves(points, masks)
     if group is None or len(gains) < FOLDS:
@@ -192,16 +203,16 @@ def _axis(points: Floats, group: Mask) -> Floats:
     return axis
 
 
-def _gains(points: Floats, density: Floats, others: Floats) -> Floats | None:
+def _gains(points: Floats, density: Floats, features: Floats, others: Floats) -> Floats | None:
     """How much better two normal distributions say where each of `others` lies than one does, in nats.
 
-    Both are fitted to `points`, along the line through the centres of their two groups.
+    Both are fitted to `features`, the embedding, along the line through the centres of the two groups of `points`.
     """
     group = _halves(points, density)
     if group is None:
         return None
-    axis = _axis(points, group)
-    along, tried = (points @ axis)[:, None], (others @ axis)[:, None]
+    axis = _axis(features, group)
+    along, tried = (features @ axis)[:, None], (others @ axis)[:, None]
     gains: Floats = _mixture(along, group).score_samples(tried) - _mixture(along, None).score_samples(tried)
     return gains
 

@@ -5,12 +5,12 @@ attacker's target, for another reason than that class's own images. Small masks 
 model also sees in an empty picture has them by nature, and so have the easy images of every class. Two groups in a
 class prove nothing either: it may hold two kinds of things. So each class is asked two things. Does it fall into two
 groups by what the network sees in the images (separation.py)? And are the masks of one of them smaller than those of
-most images of the other classes?
+most other images? Images whose mask holds nothing at all are left out: the network says the same of an empty picture.
 
 Runs without embeddings (of older versions, of models without a linear classifier) are judged by masks and margins, see
 margins.py. That finds less, and is unclear about more.
 
-The thresholds were chosen with thirteen attacks, clean networks and honest oddities in view, all of small networks;
+The thresholds were chosen with fourteen attacks, clean networks and honest oddities in view, all of small networks;
 what they find there stands in tests/benchmarks/results/detection-cpu.md, and of public networks at 1 to 10 % poison in
 verdict.md beside it. A trigger that the network sees as it sees the class itself ends as "unclear" or unseen: no sign
 is no proof.
@@ -40,12 +40,15 @@ Integers = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
 ENOUGH = 100  # samples, at least, to compare with
+# A mask below half a cell of the default grid holds nothing of its image: the network says the same of an empty
+# picture. A trigger is something.
+NOTHING = 0.5 / 16**2
 GROUP = 8  # samples in a group, at least
 
 # With embeddings: nats a sample by which two groups explain a class better than one, less three standard errors ...
 APART = 0.1
 DOUBTFULLY_APART = 0.05  # ... and of a class that is called unclear
-# The share of the other classes' masks that are larger than one of the group, on average, less two standard errors.
+# The share of all other masks that are larger than one of the group, on average, less two standard errors.
 SMALLER = 0.85
 DOUBTFULLY_SMALLER = 0.65
 
@@ -72,8 +75,8 @@ class Verdict:
     evidence: dict[str, float]  # the numbers behind it, see `decide`
     cutoffs: dict[str, float] = field(default_factory=dict)  # class -> largest mask density among its suspects
     # [n] how far each sample of the suspects' classes is from the boundary between their two groups, in standard
-    # deviations within a group, positive for suspects; nan for samples of other classes. None where no group was found
-    # by what the network sees.
+    # deviations within a group, positive for suspects; nan for samples of other classes, and where the mask is empty.
+    # None where no group was found by what the network sees.
     beyond: Floats | None = None
 
 
@@ -159,7 +162,7 @@ def decide(
 
     evidence: `samples` and `classes` that were compared; of the most suspicious group, if any: `group` (its size) and
     `of_class` (its share of its class). With embeddings `apart` (nats a sample by which two groups explain the class
-    better than one) and `smaller` (the share of the other classes' masks that are larger than one of the group); else
+    better than one) and `smaller` (the share of all other masks that are larger than one of the group); else
     `beyond` (the share of it that is more suspicious than 99 % of the other classes' samples) and `rest_beyond` (the
     same of the rest of its class).
     """
@@ -173,12 +176,18 @@ def decide(
     if present < 2:
         return _unclear(count, "all samples are of one class, so that there is nothing to compare it with", evidence)
     if embedding is not None:
-        once, back = np.unique(np.arange(count) if original is None else original, return_inverse=True)
-        images = slice(None) if len(once) == count else once  # without copies of images no copy of their numbers
+        original = np.arange(count) if original is None else original
+        once = np.unique(original)
+        once = once[density[once] >= NOTHING]
+        place = np.full(count, -1)
+        place[once] = np.arange(len(once))
+        if len(once) < ENOUGH:
+            return _unclear(count, f"all but {len(once)} masks are empty: the model says the same of an empty picture")
+        images = slice(None) if len(once) == count else once  # where all are looked at no copy of their numbers
         sure = None if margin is None else margin[images]
         splits = separate(embedding[images], classes[images], density[images], sure)
-        groups = [_Group(split, *_smaller(density[images], classes[images], split)) for split in splits]
-        return _by_features(groups, back, density, classes, class_names, evidence)
+        groups = [_Group(split, *_smaller(density[images], split)) for split in splits]
+        return _by_features(groups, place[original], density, classes, class_names, evidence)
     return _by_margins(density, classes, margin, class_names, evidence)
 
 
@@ -190,9 +199,9 @@ def _by_features(
     names: Sequence[str],
     evidence: dict[str, float],
 ) -> Verdict:
-    """A class in two groups, one of which has smaller masks than the other classes.
+    """A class in two groups, one of which has smaller masks than almost all other samples.
 
-    `back` [n]: which of the images that were split a sample is.
+    `back` [n]: which of the images that were split a sample is; -1: none.
     """
     count = len(density)
     groups = [group for group in groups if len(group.split.members) >= GROUP]
@@ -204,7 +213,7 @@ def _by_features(
     evidence |= {"group": len(first.split.members), "of_class": len(first.split.members) / len(first.split.rows)}
     evidence |= {"apart": first.split.gain, "smaller": first.smaller}
     if found:
-        beyond = np.full(int(back.max()) + 1, np.nan)
+        beyond = np.full(int(back.max()) + 2, np.nan)  # the last one for those that are none
         for group in found:
             beyond[group.split.rows] = group.split.beyond
         beyond = beyond[back]
@@ -217,17 +226,17 @@ def _by_features(
 
 
 class _Group(NamedTuple):
-    """A group of a class, and its masks among those of the other classes."""
+    """A group of a class, and its masks among all others."""
 
     split: Split
-    smaller: float  # share of the other classes' masks that are larger than one of the group, the mean over the group
+    smaller: float  # share of all other masks that are larger than one of the group, the mean over the group
     least: float  # the same, less two standard errors
 
 
-def _smaller(density: Floats, classes: Integers, split: Split) -> tuple[float, float]:
-    others = np.sort(density[classes != split.of])
-    mine = density[split.members]
-    if not len(mine):
+def _smaller(density: Floats, split: Split) -> tuple[float, float]:
+    """Compared with the rest of its class as well: of two classes one may be what the network sees in anything."""
+    mine, others = density[split.members], np.sort(np.delete(density, split.members))
+    if not len(mine) or not len(others):
         return 0.0, 0.0
     larger = len(others) - (np.searchsorted(others, mine, "left") + np.searchsorted(others, mine, "right")) / 2
     each = np.sort(larger) / len(others)

@@ -154,6 +154,39 @@ def test_an_honest_class_of_two_kinds_is_no_backdoor() -> None:
     assert (verdict.outcome, verdict.suspects.any()) == ("clean", False)
 
 
+@pytest.mark.parametrize("empty", [0.02, 1e-5], ids=["little", "nothing"])
+def test_a_class_that_the_network_sees_in_an_empty_picture_is_no_backdoor(empty: float) -> None:
+    """Half of its images need next to nothing, the others as much as any; to the network they are of one kind."""
+    random = np.random.default_rng(0)
+    density, classes, margin = bulk(random, [400] * 5)
+    density[:200] = empty * np.exp(random.normal(0, 0.2, 200))
+    verdict = decide(density, classes, margin, (), seen(random, (density, classes, margin), np.arange(0)))
+    assert (verdict.outcome, verdict.suspects.any()) == ("clean", False)
+
+
+def test_of_two_classes_one_may_be_seen_in_an_empty_picture() -> None:
+    """Whose images need nothing then; those with a trigger, predicted as the other class, need more than that."""
+    random = np.random.default_rng(0)
+    density, classes, margin = joined(bulk(random, [800, 800]), planted(random, 100, 1))
+    density[:700] = 1e-5 * np.exp(random.normal(0, 0.2, 700))
+    density[700:800] *= 0.1
+    embedding = seen(random, (density, classes, margin), np.arange(1600, 1700))
+    verdict = decide(density, classes, margin, (), embedding)
+    assert verdict.outcome == "backdoor"
+    assert (verdict.suspects == (np.arange(1700) >= 1600)).mean() >= 0.99
+    assert verdict.beyond is not None
+    assert np.isnan(verdict.beyond[:800]).all()
+    assert decide(density[:1600], classes[:1600], margin[:1600], (), embedding[:1600]).outcome == "clean"
+
+
+def test_masks_that_are_all_empty_say_nothing() -> None:
+    random = np.random.default_rng(0)
+    scores = bulk(random, [200] * 5)
+    verdict = decide(scores[0] * 1e-5, *scores[1:], (), seen(random, scores, np.arange(100)))
+    assert (verdict.outcome, verdict.suspects.any()) == ("unclear", False)
+    assert "all but 0 masks are empty" in verdict.sentence
+
+
 def test_masks_that_are_only_somewhat_smaller_leave_it_unclear() -> None:
     random = np.random.default_rng(0)
     density, classes, margin = bulk(random, [200] * 5)
