@@ -15,10 +15,12 @@ import pytest
 from cdclean import manifest
 from cdclean.config import DistillConfig, Intake, ModelSpec, ScanConfig
 from cdclean.console import Console
-from cdclean.errors import ChangedRunError, IncompleteError, OutputError
+from cdclean.datasets import open_dataset
+from cdclean.datasets.intake import admitted
+from cdclean.errors import ChangedRunError, IncompleteError, OutputError, UsageError
 from cdclean.records import load_run
 from cdclean.run import scan
-from tests.packings import SIZE, folder, listing, pictures, shards
+from tests.packings import PACKINGS, SIZE, folder, listing, parquet, pictures, shards
 
 
 @pytest.fixture
@@ -177,6 +179,35 @@ def test_intake(settings: ScanConfig, tmp_path: Path) -> None:
     assert keys(require_marker="_DONE") == ["b/000.png", "b/001.png", "b/002.png", "b/003.png"]
     (data / "_DONE").touch()
     assert len(keys(require_marker="_DONE")) == 12
+    with pytest.raises(UsageError, match=r"taken with --include d/\*"):
+        keys(include=("d/*",))
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_a_marker_counts_in_the_folder_that_was_given_and_not_above(packing: str, tmp_path: Path) -> None:
+    given = Path(PACKINGS[packing](tmp_path / "above" / "data", pictures(2)))
+    dataset = open_dataset(str(given))
+    (tmp_path / "above" / "_DONE").touch()
+    wanted = Intake(require_marker="_DONE")
+    assert list(admitted(dataset, wanted)) == []
+    (tmp_path / "above" / "data" / "_DONE").touch()
+    assert len(list(admitted(dataset, wanted))) == 6
+
+
+def test_the_marker_of_a_single_file_stands_beside_it(tmp_path: Path) -> None:
+    table = Path(parquet(tmp_path / "tables", pictures(2), size=3))
+    first = Path(shards(tmp_path / "shards" / "first", pictures(2)))
+    second = Path(shards(tmp_path / "shards" / "second", pictures(3)))
+    tars = [*map(str, first.iterdir()), *map(str, second.iterdir())]
+    wanted = Intake(require_marker="_DONE")
+    (tmp_path / "shards" / "_DONE").touch()  # the folder that the shards have in common is none that was given
+    (tmp_path / "_DONE").touch()
+    assert list(admitted(open_dataset(*tars), wanted)) == []
+    assert list(admitted(open_dataset(str(table / "train-00001.parquet")), wanted)) == []
+    (first / "_DONE").touch()
+    (table / "_DONE").touch()
+    assert len(list(admitted(open_dataset(*tars), wanted))) == 6
+    assert len(list(admitted(open_dataset(str(table / "train-00001.parquet")), wanted))) == 3
 
 
 def test_uploads_under_way_come_later(settings: ScanConfig) -> None:
@@ -210,7 +241,7 @@ def test_a_label_that_changed_is_a_change(settings: ScanConfig, tmp_path: Path) 
     run = scan(settings)
     before = rows(run)
     relabel(Path(str(settings.dataset)), {"images/a/000.png": "c", "images/b/001.png": "d"})
-    with pytest.raises(ChangedRunError, match="2 samples labelled otherwise: images/a/000.png, images/b/001.png"):
+    with pytest.raises(ChangedRunError, match="2 samples labelled otherwise: images/a/000"):
         scan(settings)
     extended = scan(replace(settings, extend=True))
     found = rows(extended)
