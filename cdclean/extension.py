@@ -1,8 +1,9 @@
 """A run takes in what has come into its dataset since: the manifest anew, with unchanged samples where they were.
 
 A sample is unchanged if its size and label are the same and its bytes have the SHA-256 that was recorded. One that is
-labelled otherwise is scored again, so that its row and the agreement have the new label. The new manifest replaces the old one in one rename. Parts that hold rows of samples that have gone or changed then have more rows than
-the manifest has samples in their chunk; they are written again, with the scores that they hold for the others.
+labelled otherwise is scored again, so that its row and the agreement have the new label. The new manifest replaces the
+old one in one rename. Parts that hold rows of samples that have gone or changed then have more rows than the manifest
+has samples in their chunk; they are written again, with the scores that they hold for the others.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from tempfile import TemporaryFile, gettempdir
 from typing import IO, Any
@@ -62,17 +62,22 @@ def write(
     digest, names, count = Digest(), set[str | None](), 0
     with TemporaryFile() as draft:
         writer = pq.ParquetWriter(draft, schema.MANIFEST, compression="zstd")
-        for batch in batched(samples):
-            chunks = (count + np.arange(len(batch))) // chunk_size
-            table = to_table(batch, chunks)
-            digest.update(table)
-            names |= set(pc.unique(table["class_name"]).to_pylist())
+        try:
+            for batch in batched(samples):
+                chunks = (count + np.arange(len(batch))) // chunk_size
+                table = to_table(batch, chunks)
+                digest.update(table)
+                names |= set(pc.unique(table["class_name"]).to_pylist())
+                with _drafting():
+                    writer.write_table(table)
+                count += len(batch)
+                advance(len(batch))
             with _drafting():
-                writer.write_table(table)
-            count += len(batch)
-            advance(len(batch))
-        with _drafting():
-            writer.close()
+                writer.close()
+        except BaseException:
+            with suppress(OSError):
+                writer.close()  # or it would write into the closed draft when it is collected
+            raise
         named = classes if classes is not None else datasets.class_names({name for name in names if name is not None})
         write_labelled(path, _tables(draft), named)
     return Index(count, -(-count // chunk_size), tuple(named), digest.hexdigest())
@@ -135,6 +140,20 @@ def _jobs(path: Location, where: pc.Expression) -> list[Job]:
     return [Job(**row) for row in table.to_pylist()]
 
 
+def damaged(path: Location) -> list[str]:
+    """A sentence for every file of which something is missing: a cut shard, a table that cannot be read."""
+    jobs = _jobs(path, ~pc.field("problem").is_null())
+    return [_missing(job) for job in jobs if datasets.is_remainder(job.key, job.url)]
+
+
+def _missing(job: Job) -> str:
+    name, problem = job.url.rpartition("/")[2], str(job.problem)
+    where = problem.partition(",")[0]  # "damaged at byte 512"
+    if where.startswith("damaged at byte "):
+        return f"{name} is {where}: what is behind it is missing from the run"
+    return f"{name}: {problem}: what is in it is missing from the run"
+
+
 def chunk_sizes(path: Location) -> dict[int, int]:
     """Chunk -> its number of samples."""
     with path.open("rb") as file:
@@ -190,6 +209,7 @@ class Digest:
 
     def hexdigest(self) -> str:
         return f"{self._sum % 2**256:064x}"
+
 
 def batched(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
     """Samples, so many at a time as stand in memory."""

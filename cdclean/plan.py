@@ -161,6 +161,13 @@ def _begin(
     return content
 
 
+def try_model(settings: ScanConfig, before_loading: Callable[[], object]) -> None:
+    """Load the model, which this process keeps. Raises whatever is wrong with it."""
+    identity(settings.model)
+    before_loading()
+    resolve(replace(settings, batch_size_auto=False))
+
+
 def resolve(settings: ScanConfig) -> tuple[Classifier, DistillConfig, str]:
     """Load the model and settle whatever was left to be found out: device, precision, head, layer, batch size."""
     import torch
