@@ -37,9 +37,10 @@ def scan(settings: ScanConfig, console: Console | None = None) -> Location:
     """Score every sample of `settings.dataset`, or go on with a scan that was stopped; returns the run folder.
 
     Raises UsageError (2) for settings that do not fit, ChangedRunError (2) if the folder was begun with others,
-    DatasetError or ModelError (3), GateError (5) if more samples than `max_error_rate` have no score, LockedError (75)
-    while another process scores into the folder, IncompleteError (4) if the disk is full or no sample is old enough
-    yet. However a scan ends, its finished chunks are kept. With `shard` the run is complete when the last shard is.
+    DatasetError or ModelError (3), GateError (5) if more samples than `max_error_rate` have no score or, where that is
+    given, a shard is damaged, LockedError (75) while another process scores into the folder, IncompleteError (4) if the
+    disk is full or no sample is old enough yet. However a scan ends, its finished chunks are kept. With `shard` the run
+    is complete when the last shard is.
     """
     console = console or Console(quiet=True)
     dataset = datasets.open_dataset(*settings.locations)
