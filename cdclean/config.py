@@ -199,6 +199,8 @@ class ScanConfig:
                 raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.thumbnail_size < 0:
             raise UsageError(f"thumbnail_size must be 0 or more, not {self.thumbnail_size}")
+        if self.max_error_rate is not None and not 0 <= self.max_error_rate <= 1:
+            raise UsageError(f"max_error_rate is a share of the samples, in [0, 1], not {self.max_error_rate}")
         if self.shard is not None and not 0 <= self.shard[0] < self.shard[1]:
             raise UsageError(
                 f"shard {self.shard[0]}/{self.shard[1]}: the first number runs from 0 to one below the second",

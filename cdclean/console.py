@@ -83,6 +83,11 @@ def _to_stderr(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def printable(text: str) -> str:
+    """`text` on one line and without what moves a terminal's cursor: names come from files."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def duration(seconds: float) -> str:
     """`95` -> `1m35s`."""
     minutes, rest = divmod(round(seconds), 60)

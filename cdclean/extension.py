@@ -1,8 +1,9 @@
 """A run takes in what has come into its dataset since: the manifest anew, with unchanged samples where they were.
 
-A sample is unchanged if its size is the same and its bytes have the SHA-256 that was recorded. The new manifest
-replaces the old one in one rename. Parts that hold rows of samples that have gone or changed then have more rows than
-the manifest has samples in their chunk; they are written again, with the scores that they hold for the others.
+A sample is unchanged if its size and label are the same and its bytes have the SHA-256 that was recorded. One that is
+labelled otherwise is scored again, so that its row and the agreement have the new label. The new manifest replaces the
+old one in one rename. Parts that hold rows of samples that have gone or changed then have more rows than the manifest
+has samples in their chunk; they are written again, with the scores that they hold for the others.
 """
 
 from __future__ import annotations
@@ -97,12 +98,14 @@ def _unchanged(
     hashes: pa.ChunkedArray[Any],
     pool: ThreadPoolExecutor,
 ) -> npt.NDArray[np.bool_]:
-    """Which of `batch` are in `old`, at `rows`, with the same size, problem and bytes."""
-    sizes, problems = old["size"].to_numpy(), old["problem"]
+    """Which of `batch` are in `old`, at `rows`, with the same size, problem, label and bytes."""
+    sizes, problems, classes = old["size"].to_numpy(), old["problem"], old["class_name"]
     same = np.zeros(len(batch), np.bool_)
     compare = []
     for place, (sample, row) in enumerate(zip(batch, rows.tolist(), strict=True)):
         if row < 0 or sizes[row] != sample.size or problems[row].as_py() != sample.problem:
+            continue
+        if classes[row].as_py() != sample.class_name:
             continue
         same[place] = True
         if sample.problem is None and hashes[row].is_valid:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from tempfile import TemporaryFile, gettempdir
 from typing import IO, Any
@@ -31,7 +31,7 @@ class Index:
     samples: int
     chunks: int
     classes: tuple[str, ...]
-    digest: str  # over key, size and problem of every sample, whatever their order
+    digest: str  # over key, size, problem and class of every sample, whatever their order
 
 
 @dataclass(frozen=True)
@@ -62,17 +62,22 @@ def write(
     digest, names, count = Digest(), set[str | None](), 0
     with TemporaryFile() as draft:
         writer = pq.ParquetWriter(draft, schema.MANIFEST, compression="zstd")
-        for batch in batched(samples):
-            chunks = (count + np.arange(len(batch))) // chunk_size
-            table = to_table(batch, chunks)
-            digest.update(table)
-            names |= set(pc.unique(table["class_name"]).to_pylist())
+        try:
+            for batch in batched(samples):
+                chunks = (count + np.arange(len(batch))) // chunk_size
+                table = to_table(batch, chunks)
+                digest.update(table)
+                names |= set(pc.unique(table["class_name"]).to_pylist())
+                with _drafting():
+                    writer.write_table(table)
+                count += len(batch)
+                advance(len(batch))
             with _drafting():
-                writer.write_table(table)
-            count += len(batch)
-            advance(len(batch))
-        with _drafting():
-            writer.close()
+                writer.close()
+        except BaseException:
+            with suppress(OSError):
+                writer.close()  # or it would write into the closed draft when it is collected
+            raise
         named = classes if classes is not None else datasets.class_names({name for name in names if name is not None})
         write_labelled(path, _tables(draft), named)
     return Index(count, -(-count // chunk_size), tuple(named), digest.hexdigest())
@@ -135,6 +140,20 @@ def _jobs(path: Location, where: pc.Expression) -> list[Job]:
     return [Job(**row) for row in table.to_pylist()]
 
 
+def damaged(path: Location) -> list[str]:
+    """A sentence for every file of which something is missing: a cut shard, a table that cannot be read."""
+    jobs = _jobs(path, ~pc.field("problem").is_null())
+    return [_missing(job) for job in jobs if datasets.is_remainder(job.key, job.url)]
+
+
+def _missing(job: Job) -> str:
+    name, problem = job.url.rpartition("/")[2], str(job.problem)
+    where = problem.partition(",")[0]  # "damaged at byte 512"
+    if where.startswith("damaged at byte "):
+        return f"{name} is {where}: what is behind it is missing from the run"
+    return f"{name}: {problem}: what is in it is missing from the run"
+
+
 def chunk_sizes(path: Location) -> dict[int, int]:
     """Chunk -> its number of samples."""
     with path.open("rb") as file:
@@ -146,8 +165,8 @@ def chunk_sizes(path: Location) -> dict[int, int]:
 def changes(path: Location, samples: Callable[[], Iterable[Sample]], digest: str, *, added: bool = True) -> list[str]:
     """How a dataset differs from the manifest at `path`, whose digest is given; empty if it does not.
 
-    `samples` lists the dataset; what came into it counts only if `added`. Names and sizes are compared; bytes are
-    compared with their hashes when a copy is written.
+    `samples` lists the dataset; what came into it counts only if `added`. Names, sizes and labels are compared; bytes
+    are compared with their hashes when a copy is written. A digest of an older kind says nothing: the rows do.
     """
     now = Digest()
     for batch in batched(samples()):
@@ -155,14 +174,18 @@ def changes(path: Location, samples: Callable[[], Iterable[Sample]], digest: str
     if now.hexdigest() == digest:
         return []
     with path.open("rb") as file:
-        table = pq.read_table(file, columns=["key", "size", "problem"])
-    keys, *rest = (table[name].to_pylist() for name in ("key", "size", "problem"))
-    before = dict(zip(keys, zip(*rest, strict=True), strict=True))
-    after = {sample.key: (sample.size, sample.problem) for sample in samples()}
+        table = pq.read_table(file, columns=["key", "size", "problem", "class_name"])
+    keys, sizes, problems, names = (table[name].to_pylist() for name in ("key", "size", "problem", "class_name"))
+    before = dict(zip(keys, zip(sizes, problems, strict=True), strict=True))
+    classes = dict(zip(keys, names, strict=True))
+    after, labels = {}, {}
+    for sample in samples():
+        after[sample.key], labels[sample.key] = (sample.size, sample.problem), sample.class_name
     found: dict[str, list[str]] = {
         "added": [key for key in after if key not in before] if added else [],
         "removed": [str(key) for key in before if key not in after],
         "changed": [key for key, value in after.items() if key in before and before[key] != value],
+        "labelled otherwise": [key for key, name in labels.items() if key in classes and classes[key] != name],
     }
     return [
         f"dataset: {len(keys)} samples {what}: {', '.join(keys[:_NAMED])}{', ...' if len(keys) > _NAMED else ''}"
@@ -172,15 +195,17 @@ def changes(path: Location, samples: Callable[[], Iterable[Sample]], digest: str
 
 
 class Digest:
-    """Over key, size and problem of samples: the sum of their SHA-256, so that no order is in it."""
+    """Over key, size, problem and class of samples: the sum of their SHA-256, so that no order is in it."""
 
     def __init__(self) -> None:
         self._sum = 0
 
     def update(self, table: pa.Table) -> None:
-        columns = (table[name].to_pylist() for name in ("key", "size", "problem"))
-        for key, size, problem in zip(*columns, strict=True):
-            self._sum += int.from_bytes(hashlib.sha256(f"{key}\0{size}\0{problem or ''}\0".encode()).digest(), "big")
+        columns = (table[name].to_pylist() for name in ("key", "size", "problem", "class_name"))
+        for key, size, problem, class_name in zip(*columns, strict=True):
+            label = "" if class_name is None else f"{class_name}\0"
+            each = hashlib.sha256(f"{key}\0{size}\0{problem or ''}\0{label}".encode())
+            self._sum += int.from_bytes(each.digest(), "big")
 
     def hexdigest(self) -> str:
         return f"{self._sum % 2**256:064x}"

@@ -54,4 +54,8 @@ class Metrics:
         try:
             write_to_textfile(str(self.path), registry)  # under another name, then renamed
         except OSError as error:
-            raise OutputError(f"cannot write the metrics file {self.path}: {error.strerror}") from error
+            missing = not self.path.parent.is_dir()
+            raise OutputError(
+                f"cannot write the metrics file {self.path}: {error.strerror}",
+                hint=f"{'Create the folder' if missing else 'Name another'}, or leave out --metrics-file.",
+            ) from error

@@ -177,7 +177,7 @@ def _try(module: nn.Module, geometry: Geometry, source: str) -> int:
         raise ModelError(
             f"{source} fails on an image of {size} (channels, height, width): {type(error).__name__}: "
             f"{first_line(error)}",
-            hint="Give the image size it was trained at: --input-size HEIGHT (or HEIGHT,WIDTH)",
+            hint="Give the image size it was trained at: --input-size HEIGHT (or HEIGHTxWIDTH)",
         ) from error
     if answer.ndim < 2 or len(answer) != 2:
         raise ModelError(f"{source} answers two images with a tensor of shape {list(answer.shape)}, not [2, ...]")

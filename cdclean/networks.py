@@ -218,7 +218,7 @@ def _fill(network: nn.Module, state: dict[str, Tensor], path: Path, architecture
         return
     hint = "Give the architecture that these weights were trained with: --arch timm:NAME or package.module:factory"
     if any("pos_embed" in name or "position" in name for name in others):
-        hint = "They look trained at another image size. Give it: --input-size HEIGHT (or HEIGHT,WIDTH)"
+        hint = "They look trained at another image size. Give it: --input-size HEIGHT (or HEIGHTxWIDTH)"
     raise ModelError(f"{shown(path)} does not fit {architecture}. Keys {'; '.join(listed)}", hint=hint)
 
 

@@ -22,13 +22,22 @@ def _load_config(context: typer.Context, path: Path | None) -> Path | None:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"cannot read the settings in {path}: {error}") from error
     known = {parameter.name for parameter in context.command.params} - {"config"}
-    mine = {name.replace("-", "_"): value for name, value in content.get(context.info_name or "", {}).items()}
+    table = content.get(context.info_name or "", {})
+    if not isinstance(table, dict):
+        raise UsageError(
+            f"{path}: {context.info_name} is to be a table of options, not {table!r}",
+            hint=f"Begin the table with a line [{context.info_name}].",
+        )
+    mine = {name.replace("-", "_"): value for name, value in table.items()}
     if unknown := sorted(mine.keys() - known):
         raise UsageError(
             f"{path}: [{context.info_name}] has no option {', '.join(unknown)}",
             hint=f"It has: {', '.join(sorted(name for name in known if name))}",
         )
-    context.default_map = mine
+    several = {each.name for each in context.command.params if each.nargs == -1 or getattr(each, "multiple", False)}
+    context.default_map = {
+        name: [value] if name in several and isinstance(value, str) else value for name, value in mine.items()
+    }
     return path
 
 

@@ -161,6 +161,13 @@ def _begin(
     return content
 
 
+def try_model(settings: ScanConfig, before_loading: Callable[[], object]) -> None:
+    """Load the model, which this process keeps. Raises whatever is wrong with it."""
+    identity(settings.model)
+    before_loading()
+    resolve(replace(settings, batch_size_auto=False))
+
+
 def resolve(settings: ScanConfig) -> tuple[Classifier, DistillConfig, str]:
     """Load the model and settle whatever was left to be found out: device, precision, head, layer, batch size."""
     import torch
@@ -229,16 +236,16 @@ def _resume(
             added=not (settings.intake.min_age or settings.intake.require_marker or settings.shard),
         )
     if lines:
+        data = any(line.startswith("dataset") for line in lines)
         raise ChangedRunError(
             f"{storage.to_text(run)} was begun with something else:\n  " + "\n  ".join(lines),
-            hint="Take in a changed dataset with --extend, name another folder with --out, or start anew in this one "
-            "with --overwrite.",
+            hint=("Take in a changed dataset with --extend, name" if data else "Name")
+            + " another folder with --out, or start anew in this one with --overwrite.",
         )
     for name, version in _versions().items():
         if content["versions"].get(name) != version and not complete:
             console.warn(f"the run was begun with {name} {content['versions'].get(name)}, this is {version}")
     if settings.extend:
-        content["config"]["dataset"] = _asked(settings, dataset)["dataset"]
         content = _extend(run, settings, content, dataset, console)
     if settings.retry_errors and with_errors(run):
         _uncomplete(run)
@@ -258,6 +265,10 @@ def _extend(
 ) -> dict[str, Any]:
     """Take in what is new or changed in the dataset; the same command does it again after a kill."""
     about = content["dataset"]
+    content["config"]["dataset"] = _asked(settings, dataset)["dataset"]
+    moved = about["location"] != dataset.location
+    if moved:
+        console.warn(f"the dataset of this run was {about['location']}, and is {dataset.location} from now on")
     found = admitted(dataset, settings.intake)
     with console.progress("comparing", total=None, unit="files") as advance:
         extended = extension.extend(
@@ -267,11 +278,16 @@ def _extend(
     console.say(f"{extended.fresh} samples are new or changed, {extended.gone} are gone or no longer as they were")
     if not index.samples:
         raise IncompleteError("no sample of the dataset is left: " + (_said(settings.intake) or "it is empty"))
-    if (index.samples, index.digest) == (about["samples"], about["digest"]) and not extended.fresh + extended.gone:
+    place = {"location": dataset.location, "files": list(dataset.files)}
+    # After an extension that was cut short the manifest is in place, and run.json knows nothing of it.
+    known = (index.samples, index.digest) == (about["samples"], about["digest"])
+    if known and not extended.fresh + extended.gone:
+        if moved:
+            about |= place
+            storage.write_json(run / "run.json", content)
         return content
     _uncomplete(run)
-    about |= {"samples": index.samples, "classes": list(index.classes), "digest": index.digest}
-    about |= {"location": dataset.location, "files": list(dataset.files)}
+    about |= {"samples": index.samples, "classes": list(index.classes), "digest": index.digest} | place
     content["plan"]["chunks"] = index.chunks
     storage.write_json(run / "run.json", content)
     return content

@@ -37,28 +37,28 @@ def scan(settings: ScanConfig, console: Console | None = None) -> Location:
     """Score every sample of `settings.dataset`, or go on with a scan that was stopped; returns the run folder.
 
     Raises UsageError (2) for settings that do not fit, ChangedRunError (2) if the folder was begun with others,
-    DatasetError or ModelError (3), GateError (5) if more samples than `max_error_rate` have no score, LockedError (75)
-    while another process scores into the folder, IncompleteError (4) if the disk is full or no sample is old enough
-    yet. However a scan ends, its finished chunks are kept. With `shard` the run is complete when the last shard is.
+    DatasetError or ModelError (3), GateError (5) if more samples than `max_error_rate` have no score or, where that is
+    given, a shard is damaged, LockedError (75) while another process scores into the folder, IncompleteError (4) if the
+    disk is full or no sample is old enough yet. However a scan ends, its finished chunks are kept. With `shard` the run
+    is complete when the last shard is.
     """
     console = console or Console(quiet=True)
     dataset = datasets.open_dataset(*settings.locations)
     run = plan.run_folder(settings, dataset)
-    try:
-        with storage.answering():
-            run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"cannot create {storage.to_text(run)}: {error.strerror or error}", hint="Name another with --out."
-        ) from error
     metrics = Metrics(Path(settings.metrics_file) if settings.metrics_file else None, storage.to_text(run))
     with _reported(metrics), ExitStack() as stack:
         ahead = _Ahead(settings, dataset, stack)
+        if settings.shard is None and not run.exists():  # a model that is refused leaves no empty folder behind
+            plan.try_model(settings, ahead.start)
+        _make_folder(run)
         # The shards of a run wait for each other here: the first one lists the samples, the last one sums up.
         with locks.lock(run, wait=math.inf if settings.shard else settings.wait):
             content = plan.make(run, settings, dataset, console, ahead.start)
+            metrics.samples = content["dataset"]["samples"]
             if settings.shard is None:
-                if not _is_done(run):
+                if _is_done(run):
+                    metrics.done = metrics.samples
+                else:
                     _score(run, settings, content, metrics, console, ahead)
                 _finish(run, settings, content, console)
         if settings.shard is not None:
@@ -67,6 +67,16 @@ def scan(settings: ScanConfig, console: Console | None = None) -> Location:
             with locks.lock(run, wait=math.inf):
                 _finish(run, settings, content, console)
     return run
+
+
+def _make_folder(run: Location) -> None:
+    try:
+        with storage.answering():
+            run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"cannot create {storage.to_text(run)}: {error.strerror or error}", hint="Name another with --out."
+        ) from error
 
 
 @contextmanager
@@ -94,7 +104,7 @@ class _Ahead:
     spares: list[Spare] = field(default_factory=list)
 
     def start(self) -> None:
-        if self.settings.engine not in ("auto", "local") or not self._is_large():
+        if self.devices or self.settings.engine not in ("auto", "local") or not self._is_large():
             return
         from cdclean.devices import cores, resolve_devices
 
@@ -125,7 +135,8 @@ def _finish(run: Location, settings: ScanConfig, content: dict[str, Any], consol
             console.say(f"this shard is done; {missing} of {len(sizes)} chunks are left to the others")
             return
         summary.write(run, content, _log(run, settings))
-    summary.judge(run, content, settings.max_error_rate, console)
+    damaged = manifest.damaged(run / "manifest.parquet")
+    summary.judge(run, content, damaged, settings.max_error_rate, console)
 
 
 def _is_done(run: Location) -> bool:
@@ -195,7 +206,7 @@ def _score(
                 metrics.add(report.samples, report.samples - report.status.get("ok", 0))
                 early, compared, agreed = compared, compared + report.compared, agreed + report.agreed
                 if early < _EARLY <= compared and len(pending) > 1:
-                    summary.warn_of_disagreement(agreed / compared, console)
+                    summary.warn_of_disagreement(agreed / compared, content, console)
     except StoppedError as stopped:
         log.append("stopped", signal=stopped.signal_number)
         raise

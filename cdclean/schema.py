@@ -134,7 +134,7 @@ RUN: dict[str, Any] = {
                 "classes": {"type": "array", "items": {"type": "string"}},
                 "digest": {
                     "type": "string",
-                    "description": "SHA-256 over key, size and problem of every sample",
+                    "description": "SHA-256 over key, size, problem and class of every sample",
                 },
             },
         },

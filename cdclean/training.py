@@ -198,7 +198,7 @@ def _attempt(make: Callable[[], Any], what: str) -> Any:
     except Exception as error:  # timm's networks each have errors of their own
         raise ModelError(
             f"{what} fails with {type(error).__name__}: {checkpoints.first_line(error)}",
-            hint="Give an image size that the network takes: --input-size HEIGHT (or HEIGHT,WIDTH)",
+            hint="Give an image size that the network takes: --input-size HEIGHT (or HEIGHTxWIDTH)",
         ) from error
 
 

@@ -136,6 +136,19 @@ def test_settings_come_from_flag_then_variable_then_file(place: Path) -> None:
     wrong = cdclean(*base, cwd=place)
     assert wrong.returncode == 2
     assert "quantil" in wrong.stderr
+    (place / "cdclean.toml").write_text("filter = 5\n")
+    wrong = cdclean(*base, cwd=place)
+    assert wrong.returncode == 2
+    assert "cdclean.toml: filter is to be a table of options, not 5" in wrong.stderr
+
+
+def test_one_value_in_a_file_for_an_option_that_takes_several(place: Path) -> None:
+    command = ["scan", "data", "--model", "test_resnet.pt", "--input-size", 32, "--steps", 1]
+    for number, value in enumerate(('"a/*"', '["a/*"]')):
+        (place / "cdclean.toml").write_text(f"[scan]\ninclude = {value}\n")
+        done = cdclean(*command, "--config", "cdclean.toml", "--out", f"{number}.cdclean", cwd=place)
+        assert done.returncode == 0, done.stderr
+        assert {key[0] for key in rows(place / f"{number}.cdclean")["key"].to_pylist()} == {"a"}
 
 
 @pytest.mark.parametrize(
@@ -154,6 +167,9 @@ def test_settings_come_from_flag_then_variable_then_file(place: Path) -> None:
         (["scan", "ssh://host/data", "--model", "test_resnet.pt"], 2, "not a place"),
         (["scan", "data", "--model", "test_resnet.pt", "--shard", "3/3"], 2, "shard"),
         (["scan", "data", "--model", "test_resnet.pt", "--wait", "soon"], 2, "--wait"),
+        (["scan", "data", "--model", "test_resnet.pt", "--max-error-rate", "5"], 2, "max_error_rate"),
+        (["scan", "data", "--model", "test_resnet.pt", "--input-size", "32", "--include", "x/*"], 2, "--include x/*"),
+        (["scan", "data", "--model", "test_resnet.pt", "--metrics-file", "no/x.prom"], 3, "Create the folder"),
         (["filter", "--quantile", "1.5"], 2, "[0, 1]"),
         (["filter"], 2, "needs a rule"),
         (["filter", "data", "--quantile", "0.1"], 3, "not a run folder"),
@@ -165,15 +181,17 @@ def test_settings_come_from_flag_then_variable_then_file(place: Path) -> None:
     ],
 )
 def test_bad_input_gets_a_sentence_and_its_exit_code(
-    finished: Path, arguments: list[str], code: int, says: str
+    finished: Path, tmp_path: Path, arguments: list[str], code: int, says: str
 ) -> None:
     if arguments[0] == "scan":
-        arguments = [*arguments, "--out", "other.cdclean"]
+        arguments = [*arguments, "--out", str(tmp_path / "other.cdclean")]
     done = cdclean(*arguments, cwd=finished)
     assert done.returncode == code, done.stderr
     assert says in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+    if code == 3:
+        assert not (tmp_path / "other.cdclean").exists(), "an empty run folder is left"
 
 
 def test_version() -> None:

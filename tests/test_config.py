@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import pytest
 
-from cdclean.config import DistillConfig, Preset, fingerprint, paper, preset, to_dict
+from cdclean.config import DistillConfig, ModelSpec, Preset, ScanConfig, fingerprint, paper, preset, to_dict
 from cdclean.errors import UsageError
 
 
@@ -30,6 +30,12 @@ from cdclean.errors import UsageError
 def test_settings_out_of_range_are_refused_by_name(given: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(given))):
         DistillConfig(**given)
+
+
+@pytest.mark.parametrize("rate", [-1.0, -0.01, 1.01, 5.0, float("nan")])
+def test_an_error_rate_is_a_share(rate: float) -> None:
+    with pytest.raises(UsageError, match="max_error_rate"):
+        ScanConfig("data", ModelSpec("probe.pt"), DistillConfig(), max_error_rate=rate)
 
 
 @pytest.mark.parametrize("objective", ["logits", "features"])

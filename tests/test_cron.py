@@ -77,6 +77,12 @@ def test_the_cron_script(server: Path) -> None:
     images = pictures(8)
     first = dict(list(images.items())[::2])
     incoming = server / "images" / "incoming"
+    incoming.mkdir()
+    assert run(server).returncode == 0, "nothing has come in"
+    folder(incoming, {"b/999.png": images["b/001.png"]})  # just being uploaded
+    assert run(server).returncode == 0
+    assert not (server / "images" / "incoming.cdclean").exists()
+
     folder(incoming, first)
     age(incoming)
     folder(incoming, {"b/999.png": images["b/001.png"]})  # just being uploaded
@@ -105,4 +111,4 @@ def test_the_cron_script(server: Path) -> None:
     done = run(server)
     assert done.returncode == 0, done.stderr
     assert scored(server) == {*first, "b/999.png"}
-    assert len((server / "images" / "cdclean.log").read_text().splitlines()) == 3
+    assert len((server / "images" / "cdclean.log").read_text().splitlines()) == 5

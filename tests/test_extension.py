@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,12 @@ import pytest
 from cdclean import manifest
 from cdclean.config import DistillConfig, Intake, ModelSpec, ScanConfig
 from cdclean.console import Console
-from cdclean.errors import ChangedRunError, IncompleteError, OutputError
+from cdclean.datasets import open_dataset
+from cdclean.datasets.intake import admitted
+from cdclean.errors import ChangedRunError, IncompleteError, OutputError, UsageError
 from cdclean.records import load_run
 from cdclean.run import scan
-from tests.packings import SIZE, folder, pictures, shards
+from tests.packings import PACKINGS, SIZE, folder, listing, parquet, pictures, shards
 
 
 @pytest.fixture
@@ -176,6 +179,35 @@ def test_intake(settings: ScanConfig, tmp_path: Path) -> None:
     assert keys(require_marker="_DONE") == ["b/000.png", "b/001.png", "b/002.png", "b/003.png"]
     (data / "_DONE").touch()
     assert len(keys(require_marker="_DONE")) == 12
+    with pytest.raises(UsageError, match=r"taken with --include d/\*"):
+        keys(include=("d/*",))
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_a_marker_counts_in_the_folder_that_was_given_and_not_above(packing: str, tmp_path: Path) -> None:
+    given = Path(PACKINGS[packing](tmp_path / "above" / "data", pictures(2)))
+    dataset = open_dataset(str(given))
+    (tmp_path / "above" / "_DONE").touch()
+    wanted = Intake(require_marker="_DONE")
+    assert list(admitted(dataset, wanted)) == []
+    (tmp_path / "above" / "data" / "_DONE").touch()
+    assert len(list(admitted(dataset, wanted))) == 6
+
+
+def test_the_marker_of_a_single_file_stands_beside_it(tmp_path: Path) -> None:
+    table = Path(parquet(tmp_path / "tables", pictures(2), size=3))
+    first = Path(shards(tmp_path / "shards" / "first", pictures(2)))
+    second = Path(shards(tmp_path / "shards" / "second", pictures(3)))
+    tars = [*map(str, first.iterdir()), *map(str, second.iterdir())]
+    wanted = Intake(require_marker="_DONE")
+    (tmp_path / "shards" / "_DONE").touch()  # the folder that the shards have in common is none that was given
+    (tmp_path / "_DONE").touch()
+    assert list(admitted(open_dataset(*tars), wanted)) == []
+    assert list(admitted(open_dataset(str(table / "train-00001.parquet")), wanted)) == []
+    (first / "_DONE").touch()
+    (table / "_DONE").touch()
+    assert len(list(admitted(open_dataset(*tars), wanted))) == 6
+    assert len(list(admitted(open_dataset(str(table / "train-00001.parquet")), wanted))) == 3
 
 
 def test_uploads_under_way_come_later(settings: ScanConfig) -> None:
@@ -195,3 +227,66 @@ def test_uploads_under_way_come_later(settings: ScanConfig) -> None:
     for path in (data / "b").iterdir():
         os.utime(path, (hour_ago, hour_ago))
     assert {key[0] for key in rows(scan(settings))} == {"a", "b"}
+
+
+def relabel(listed: Path, labels: dict[str, str]) -> None:
+    """Give rows of a list, by key, other labels."""
+    header, *lines = listed.read_text().splitlines()
+    changed = [f"{key},{labels.get(key, label)}" for key, label in (line.split(",") for line in lines)]
+    listed.write_text("\n".join([header, *changed]) + "\n")
+
+
+def test_a_label_that_changed_is_a_change(settings: ScanConfig, tmp_path: Path) -> None:
+    settings = replace(settings, dataset=listing(tmp_path / "listed", pictures(4)))
+    run = scan(settings)
+    before = rows(run)
+    relabel(Path(str(settings.dataset)), {"images/a/000.png": "c", "images/b/001.png": "d"})
+    with pytest.raises(ChangedRunError, match="2 samples labelled otherwise: images/a/000"):
+        scan(settings)
+    extended = scan(replace(settings, extend=True))
+    found = rows(extended)
+    new = {key: (row["class_name"], row["label"]) for key, row in found.items() if row != before[key]}
+    assert new == {"images/a/000.png": ("c", 2), "images/b/001.png": ("d", 3)}
+    scan(settings)  # complete, and nothing has changed
+    assert_as_if_new(extended, settings, tmp_path / "fresh")
+
+
+def test_a_run_whose_digest_is_of_an_older_kind_goes_on(
+    settings: ScanConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(str(scan(settings)))
+    content = json.loads((run / "run.json").read_text())
+    content["dataset"]["digest"] = "0" * 64
+    (run / "run.json").write_text(json.dumps(content))
+    old = ages(run)
+    scan(settings, Console())
+    assert "is complete already" in capsys.readouterr().err
+    scan(replace(settings, extend=True))
+    assert ages(run) == old, "nothing is scored again"
+
+
+def test_a_dataset_that_moved_is_said_and_known(
+    settings: ScanConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scan(settings)
+    other = tmp_path / "elsewhere" / "data"
+    other.parent.mkdir()
+    Path(str(settings.dataset)).rename(other)
+    run = Path(str(scan(replace(settings, dataset=str(other), extend=True), Console(quiet=True))))
+    assert f"was {settings.dataset}, and is {other} from now on" in capsys.readouterr().err
+    assert load_run(run)["dataset"]["location"] == str(other)
+    scan(replace(settings, dataset=str(other)), Console(quiet=True))  # no change of location any more
+    assert "from now on" not in capsys.readouterr().err
+
+
+def test_extend_is_advised_only_where_it_helps(settings: ScanConfig) -> None:
+    scan(settings)
+    other = replace(settings, distill=DistillConfig(steps=2, batch_size=4))
+    for each in (other, replace(other, extend=True)):
+        with pytest.raises(ChangedRunError) as caught:
+            scan(each)
+        assert "--extend" not in caught.value.hint
+    folder(Path(str(settings.dataset)), pictures(6, "c"))
+    with pytest.raises(ChangedRunError) as caught:
+        scan(settings)
+    assert "--extend" in caught.value.hint

@@ -248,6 +248,9 @@ def test_metrics(settings: ScanConfig, tmp_path: Path) -> None:
     assert (found["cdclean_scan_samples"], found["cdclean_scan_samples_done"]) == (24, 24)
     assert found["cdclean_scan_statecomplete"] == 1
     assert found["cdclean_scan_samples_failed"] == 0
+    path.unlink()
+    scan(settings)  # nothing is left to do
+    assert (values()["cdclean_scan_samples"], values()["cdclean_scan_samples_done"]) == (24, 24)
     with pytest.raises(ChangedRunError):
         scan(replace(settings, thumbnail_size=1))
     assert values()["cdclean_scan_statefailed"] == 1

@@ -58,7 +58,7 @@ def scan(
     ] = None,
     thumbnail_size: Annotated[int, typer.Option(help="Longest side in pixels; 0 for none.")] = 96,
     max_error_rate: Annotated[
-        float | None, typer.Option(help="Exit with 5 if more than this share of samples has no score.")
+        float | None, typer.Option(help="Exit with 5 if more than this share has no score, or a tar is cut.")
     ] = None,
     metrics_file: Annotated[
         str | None, typer.Option(help="Keep figures there, as Prometheus text for node exporter.", metavar="FILE.prom")

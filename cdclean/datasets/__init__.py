@@ -19,6 +19,7 @@ __all__ = [
     "Sample",
     "class_names",
     "classes",
+    "is_remainder",
     "open_dataset",
     "samples",
     "walk",
@@ -71,6 +72,12 @@ def classes(dataset: Dataset) -> list[str] | None:
     """The class names, where they are known before the samples: a label is an index into them."""
     names: list[str] | None = _ROOMS[dataset.kind].classes(dataset)
     return names
+
+
+def is_remainder(key: str, url: str) -> bool:
+    """Whether a row stands for what is missing of a file: of a damaged shard, or of a table that cannot be read."""
+    name = url.rpartition("/")[2]
+    return bool(name) and (f"/{key}".endswith(f"/{name}/") or key.startswith(f"{name}/@{name}:"))
 
 
 def is_there(dataset: str) -> bool:
