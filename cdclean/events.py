@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cdclean import locks, manifest, records, storage
+from cdclean.errors import OutputError
 from cdclean.storage import Location
 
 _UPLOAD_EVERY = 10.0  # seconds; storage without appending gets the whole file again
@@ -26,8 +27,19 @@ class Log:
     _uploaded: float = field(default_factory=time.monotonic)
 
     def append(self, event: str, **details: Any) -> None:
+        """Raises OutputError where the disk is full or the folder cannot be written to."""
         line = json.dumps({"time": now(), "event": event, **details}) + "\n"
         path = self.run / self.name
+        try:
+            with storage.answering():
+                self._write(path, event, line)
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {storage.to_text(path)}: {error.strerror or error}",
+                hint="Free space, then run the same command again: finished work is kept.",
+            ) from error
+
+    def _write(self, path: Location, event: str, line: str) -> None:
         if isinstance(path, Path):
             with path.open("a") as file:
                 file.write(line)

@@ -49,6 +49,8 @@ def is_locked(folder: Location, name: str = ".lock") -> bool:
         held.acquire(timeout=0)
     except filelock.Timeout:
         return True
+    except OSError:  # a folder of somebody else's: who may not write there cannot tell
+        return False
     held.release()
     return False
 

@@ -10,9 +10,11 @@ import platform
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cdclean import __version__, config, datasets, events, extension, locks, manifest, records, schema, storage
@@ -58,7 +60,7 @@ def run_folder(settings: ScanConfig, dataset: datasets.Dataset) -> Location:
     name = f"{storage.from_text(dataset.name)}{records.RUN_SUFFIX}"
     run = storage.locate(settings.out) if settings.out else Path(name)
     # Shards that were named one by one have a folder in common that is not theirs alone.
-    whole = dataset.kind == "imagefolder" or storage.to_text(dataset.root.name) == dataset.name
+    whole = any(storage.is_within(dataset.root, storage.locate(given)) for given in settings.locations)
     if whole and storage.is_within(run, dataset.root):
         raise UsageError(
             f"the run folder {storage.to_text(run)} would lie inside the dataset, which is never written to",
@@ -81,8 +83,11 @@ def _is_run(folder: Location) -> bool:
     """Whether `folder` is a run, the beginning of one, or empty; other files in a run are left alone."""
     if (folder / "run.json").exists():
         return True
-    known = {*_FILES, *_RESULTS, ".lock", "records"}
-    return all(path.name in known or storage.is_temporary(path) for path in folder.iterdir())
+    known = {*_FILES, *_RESULTS, "records"}
+    return all(
+        path.name in known or path.name.startswith((".lock", "events-")) or storage.is_temporary(path)
+        for path in folder.iterdir()
+    )
 
 
 def _clear(run: Location) -> None:
@@ -115,20 +120,22 @@ def _begin(
 ) -> dict[str, Any]:
     """Load the model, list the samples, and write run.json last: with it the run has begun.
 
-    An earlier run in the folder is forgotten only when the model has been loaded.
+    An earlier run in the folder is forgotten only when the model has been loaded, and a sample been found.
     """
     classifier, distill, device = resolve(settings)
-    _clear(run)
     kind = device.split(":")[0]
     size = settings.chunk_size or config.chunk_size(classifier.geometry, kind)
     found = admitted(dataset, settings.intake)
-    with console.progress("indexing", total=None, unit="files") as advance:
-        index = manifest.write(run / "manifest.parquet", found, datasets.classes(dataset), size, advance)
-    if not index.samples:
+    first = next(found, None)
+    if first is None:
         raise IncompleteError(
             "no sample of the dataset is taken: " + _said(settings.intake),
             hint="Run the same command later, or take more with other settings.",
         )
+    _clear(run)
+    found = chain([first], found)
+    with console.progress("indexing", total=None, unit="files") as advance:
+        index = manifest.write(run / "manifest.parquet", found, datasets.classes(dataset), size, advance)
     content = {
         "schema_version": schema.SCHEMA_VERSION,
         "created": events.now(),
@@ -297,8 +304,11 @@ def with_errors(run: Location) -> set[int]:
     """The chunks whose part holds a sample without a score."""
     found = set()
     for path in (run / "records").glob("part-*.parquet"):
-        with path.open("rb") as file:
-            statuses = set(pq.read_table(file, columns=["status"])["status"].to_pylist())
+        try:
+            with path.open("rb") as file:
+                statuses = set(pq.read_table(file, columns=["status"])["status"].to_pylist())
+        except pa.ArrowInvalid:  # damaged: it is scored again anyhow
+            statuses = {None}
         if statuses - {"ok"}:
             found.add(records.chunk_of(path))
     return found

@@ -184,7 +184,7 @@ def test_a_room_imports_only_what_it_may(room: str) -> None:
 
 @pytest.mark.parametrize("room", ["answers", "distillation"])
 def test_the_algorithm_is_torch_and_nothing_else(room: str) -> None:
-    assert imports(room)[1] - PURE == {"torch"}
+    assert imports(room)[1] - PURE - {"threading"} == {"torch"}  # hooks on a model have to tell threads apart
 
 
 @pytest.mark.parametrize("room", TORCHLESS)

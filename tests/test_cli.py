@@ -78,6 +78,31 @@ def test_filter_takes_the_newest_run_and_says_which(place: Path) -> None:
     assert (place / "data.cdclean" / "decisions.parquet").exists()
 
 
+def test_what_the_system_refuses_is_an_error_with_a_name_not_a_bug(tmp_path: Path) -> None:
+    (tmp_path / "afile").touch()
+    done = cdclean("demo", "afile", cwd=tmp_path)
+    assert done.returncode == 3, done.stderr
+    assert "afile: Not a directory" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_command_ends_in_order_but_without_taking_the_interpreter_down(tmp_path: Path) -> None:
+    """A thread that asks for the interpreter while it goes down has aborted it, and the exit code was 134."""
+    script = """
+import atexit, sys
+from cdclean.cli import _leave
+class Late:
+    def __del__(self): print("taken down", flush=True)
+late = Late()
+late.itself = late
+atexit.register(print, "in order")
+sys.stdout.write("said ")
+_leave(5)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (5, "said in order\n")
+
+
 def test_filter_as_json_dry_and_with_quarantine(place: Path) -> None:
     dry = cdclean("filter", "--quantile", 0.25, "--quarantine", "away", "--dry-run", "--json", cwd=place)
     result = json.loads(dry.stdout)

@@ -157,11 +157,38 @@ def test_what_has_no_score_is_tried_again_only_when_asked(settings: ScanConfig, 
     assert rows(run)["b/001.png"]["status"] == "unreadable"
     new = ages(run)
     assert {name for name in old if old[name] != new[name]} == {"part-00001.parquet"}, "only its chunk is written again"
+    part = run / "records" / "part-00000.parquet"
+    before = rows(run)
+    part.write_bytes(part.read_bytes()[:100])  # damaged: neither read nor in the way
+    scan(replace(settings, retry_errors=True))
+    assert rows(run) == before
     path.unlink()
     path.write_bytes(whole)
     run = scan(replace(settings, extend=True))
     assert rows(run)["b/001.png"]["status"] == "ok"
     assert_as_if_new(run, settings, tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("packing", [parquet, shards])
+def test_a_run_in_a_folder_that_was_given_by_a_link_is_refused(
+    settings: ScanConfig, tmp_path: Path, packing: Any
+) -> None:
+    real = tmp_path / "real"
+    packing(real, pictures(3))
+    (tmp_path / "link").symlink_to(real)
+    with pytest.raises(UsageError, match="inside the dataset"):
+        scan(replace(settings, dataset=str(tmp_path / "link"), out=str(tmp_path / "link" / "run")))
+    assert not (real / "run").exists()
+
+
+def test_a_mistyped_pattern_costs_no_run(settings: ScanConfig) -> None:
+    run = scan(replace(settings, shard=(0, 1)))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    with pytest.raises(UsageError, match="zzz"):
+        scan(replace(settings, intake=Intake(include=("zzz*",)), overwrite=True))
+    assert {path: path.read_bytes() for path in before} == before
+    (run / "run.json").unlink()  # as a kill leaves it while samples are listed
+    assert rows(scan(settings))
 
 
 def test_intake(settings: ScanConfig, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ The rooms are imported inside the commands, so that --help answers at once and o
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -15,7 +16,7 @@ from typing import NoReturn
 from cdclean.cli import deciding, scoring, trying
 from cdclean.cli.app import app
 from cdclean.console import Console
-from cdclean.errors import CdcleanError, StoppedError, exit_code
+from cdclean.errors import CdcleanError, InputError, StoppedError, exit_code
 
 __all__ = ["app", "deciding", "main", "scoring", "trying"]
 
@@ -25,21 +26,33 @@ def main() -> NoReturn:
     _raise_on_signals()
     try:
         app()
-    except StoppedError as error:
-        Console().error(error)
-        # A library's threads may be at work still: taking the interpreter down under them has aborted it, with that
-        # exit code. All that had to be put in order was, on the way here.
-        with suppress(OSError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(exit_code(error))
+    except SystemExit as end:  # how Typer ends
+        _leave(end.code if isinstance(end.code, int) else int(end.code is not None))
     except CdcleanError as error:
         Console().error(error)
-        sys.exit(exit_code(error))
+        _leave(exit_code(error))
     except BrokenPipeError:  # the reader of stdout has gone: not our error, and nothing more to say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    sys.exit(0)
+        _leave(1)
+    except OSError as error:
+        if error.filename is None:
+            raise  # nobody could do anything about it
+        from cdclean.storage import to_text
+
+        what = f"{to_text(error.filename)}: {error.strerror}"
+        refused = InputError(what, hint="Check that place, and your access to it.")
+        Console().error(refused)
+        _leave(exit_code(refused))
+    _leave(0)
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process without taking the interpreter down, which aborts it where Arrow's threads are at work still."""
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    atexit._run_exitfuncs()
+    os._exit(code)
 
 
 def _raise_on_signals() -> None:
