@@ -84,7 +84,8 @@ ROOMS: dict[str, set[str]] = {
     "show": {"chunk", "config", "datasets", "errors", "images", "manifest", "models", "storage"},
     "demo": {"config", "console", "errors", "records", "storage", "verdict"} | VERBS,
     "options": {"config", "errors"},
-    "cli": {"config", "console", "demo", "errors", "events", "options", "plan", "records", "show", "storage"} | VERBS,
+    "cli": {"config", "console", "demo", "errors", "events", "options", "plan", "records", "show", "storage", "verdict"}
+    | VERBS,
     "__main__": {"cli"},
     "__init__": {"config", "distillation", "errors", "verdict"} | VERBS,
 }

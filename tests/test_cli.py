@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -202,3 +203,16 @@ def test_every_option_in_the_readme_exists() -> None:
     for line in re.findall(r"cdclean (?:scan|filter|train|evaluate) [^`\n]*", readme):
         for option in re.findall(r"--[a-z-]+", line):
             assert option in helped, line
+
+
+def test_report_says_what_the_page_says_and_replaces_no_other_file(place: Path) -> None:
+    done = cdclean("report", cwd=place)
+    assert done.stdout == "data.cdclean/report.html\n"
+    sentence = done.stderr.splitlines()[-1]
+    assert f">{sentence}</h1>" in unescape((place / "data.cdclean" / "report.html").read_text())
+    result = json.loads(cdclean("report", "--json", "--quiet", cwd=place).stdout)
+    assert result["verdict"]["sentence"] == sentence
+    image = (place / "data" / "a" / "001.png").read_bytes()
+    refused = cdclean("report", "--out", "data/a/001.png", cwd=place)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert (place / "data" / "a" / "001.png").read_bytes() == image

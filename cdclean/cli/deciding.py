@@ -16,6 +16,7 @@ from cdclean.options import ConfigFile, Json, Quiet, Run
 if TYPE_CHECKING:
     from cdclean.exporting import Exported
     from cdclean.selection import Selection
+    from cdclean.verdict import Verdict
 
 _RULE = "Rule (one of them)"
 _OVERRIDE = "Guards and exceptions"
@@ -155,11 +156,7 @@ def filter_(
             console.warn(f"{storage.to_text(place)} is already there: to write it takes --overwrite, or another place")
     names = ("rule", "cutoff", "samples", "kept", "dropped", "unreadable", "kept_by_list", "dropped_by_list")
     counts: dict[str, Any] = {name: getattr(chosen, name) for name in names}
-    counts["verdict"] = chosen.verdict and {
-        "outcome": chosen.verdict.outcome,
-        "sentence": chosen.verdict.sentence,
-        "evidence": chosen.verdict.evidence,
-    }
+    counts["verdict"] = chosen.verdict and _told(chosen.verdict)
     written = dataclasses.asdict(exported) | {"out": storage.to_text(target), "quarantine": quarantine}
     console.result(storage.to_text(target), {"run": storage.to_text(folder)} | counts | written)
 
@@ -168,6 +165,10 @@ def _place(text: str | None) -> Any:
     from cdclean.storage import locate
 
     return None if text is None else locate(text)
+
+
+def _told(verdict: Verdict) -> dict[str, Any]:
+    return {"outcome": verdict.outcome, "sentence": verdict.sentence, "evidence": verdict.evidence}
 
 
 def _say_filtered(chosen: Selection, exported: Exported, dry_run: bool, console: Console) -> None:
@@ -211,10 +212,14 @@ def report(
     console = Console(json, quiet)
     from cdclean import report as pages
     from cdclean import storage
+    from cdclean.verdict import judge
 
     folder = chosen_run(run, console)
-    page = pages.write(folder, _place(out), samples_shown=samples_shown, attributes=_place(attributes))
-    console.result(storage.to_text(page), {"run": storage.to_text(folder), "report": storage.to_text(page)})
+    verdict = judge(folder)
+    page = pages.write(folder, _place(out), samples_shown=samples_shown, attributes=_place(attributes), verdict=verdict)
+    console.say(verdict.sentence)
+    written = {"run": storage.to_text(folder), "report": storage.to_text(page), "verdict": _told(verdict)}
+    console.result(storage.to_text(page), written)
 
 
 @app.command()
