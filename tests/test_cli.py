@@ -113,14 +113,37 @@ def test_show_draws_files_and_keys(place: Path) -> None:
     assert [image["name"] for image in json.loads(keyed.stdout)["images"]] == ["data/a/001.png", "b/002.png"]
 
 
+def shown_norm(done: subprocess.CompletedProcess[str]) -> float:
+    assert done.returncode == 0, done.stderr
+    norm: float = json.loads(done.stdout)["images"][0]["mask_norm"]
+    return norm
+
+
 def test_what_is_shown_is_what_was_scored(place: Path) -> None:
-    command = ["show", "b/002.png", "--run", "data.cdclean", "--model", "test_resnet.pt", "--input-size", 32]
-    done = cdclean(
-        *command, "--steps", 3, "--json", "--device", "cpu", "--batch-size", 4, OMP_NUM_THREADS="1", cwd=place
-    )
-    shown = json.loads(done.stdout)["images"][0]
-    scored = next(row for row in rows(place / "data.cdclean").to_pylist() if row["key"] == "b/002.png")
-    assert shown["mask_norm"] == scored["mask_norm"]
+    command = ["show", "b/002.png", "--run", "data.cdclean", "--json"]
+    content = json.loads((place / "data.cdclean" / "run.json").read_text())
+    content["model"]["source"] = "test_resnet.pt"  # as if the scan had been made here
+    (place / "data.cdclean" / "run.json").write_text(json.dumps(content))
+    scored = next(row for row in rows(place / "data.cdclean").to_pylist() if row["key"] == "b/002.png")["mask_norm"]
+    done = cdclean(*command, OMP_NUM_THREADS="1", cwd=place)
+    assert shown_norm(done) == scored
+    assert "warning" not in done.stderr
+    given = cdclean(*command, "--model", "test_resnet.pt", "--steps", 4, OMP_NUM_THREADS="1", cwd=place)
+    assert shown_norm(given) != scored
+    (place / "test_resnet.pt").rename(place / "moved.pt")
+    gone = cdclean(*command, cwd=place)
+    assert gone.returncode == 3
+    assert "test_resnet.pt, with which data.cdclean was scored, is not there" in gone.stderr
+    moved = cdclean(*command, "--model", "moved.pt", OMP_NUM_THREADS="1", cwd=place)
+    assert shown_norm(moved) == scored
+
+
+def test_what_is_shown_with_another_model_says_so(place: Path) -> None:
+    torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), place / "test_resnet.pt")
+    command = ["show", "b/002.png", "--run", "data.cdclean", "--model", "test_resnet.pt", "--preset", "fast"]
+    done = cdclean(*command, cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert "test_resnet.pt is not the model that data.cdclean was scored with" in done.stderr
 
 
 def test_settings_come_from_flag_then_variable_then_file(place: Path) -> None:
@@ -159,6 +182,8 @@ def test_settings_come_from_flag_then_variable_then_file(place: Path) -> None:
         (["filter", "--quantile", "0.1", "--out", "data"], 2, "dataset"),
         (["evaluate", "--truth", "nothing.csv"], 3, "nothing.csv"),
         (["show", "nothing.png", "--model", "test_resnet.pt"], 3, "nothing.png"),
+        (["show", "data/a/001.png"], 2, "--model"),
+        (["show", "a/001.png", "--run", "data.cdclean", "--out", "test_resnet.pt"], 3, "--out"),
         (["train", "data", "--arch", "timm:resnet51"], 3, "resnet51"),
         (["dance"], 2, "dance"),
     ],
