@@ -84,7 +84,9 @@ def filter_(
     mode: Annotated[
         ExportMode, typer.Option(help="How the copy is made; list writes a table.", rich_help_panel=_COPY)
     ] = "copy",
-    format: Annotated[ListFormat, typer.Option(help="Of --mode list.", rich_help_panel=_COPY)] = "csv",
+    format: Annotated[
+        ListFormat | None, typer.Option(help="Of --mode list. Default: csv.", rich_help_panel=_COPY)
+    ] = None,
     quarantine: Annotated[
         str | None, typer.Option(help="Folder for the dropped samples, same tree.", rich_help_panel=_COPY)
     ] = None,
@@ -132,8 +134,12 @@ def filter_(
             f"{chosen.verdict.sentence}, so nothing was written",
             hint="Look at it with cdclean report, then filter by another rule.",
         )
-    name = storage.from_text(records.load_run(folder)["dataset"]["name"])
-    target = storage.locate(out or f"{name}-clean{f'.{format}' if mode == 'list' else ''}")
+    content = records.load_run(folder)
+    name = storage.from_text(content["dataset"]["name"])
+    ending = f".{format or 'csv'}" if mode == "list" else ""
+    target = storage.locate(out or f"{name}-clean{ending}")
+    if not dry_run:
+        selection.check_place(folder)
     copied = int(pc.sum(chosen.decisions["keep"]).as_py() or 0) + (chosen.dropped if quarantine else 0)
     with console.progress("copying", total=copied, unit="files") as advance:
         exported = export(
@@ -151,6 +157,8 @@ def filter_(
     if not dry_run:
         selection.write_decisions(folder, chosen)
     _say_filtered(chosen, exported, dry_run, console)
+    if exported.unscanned:
+        console.warn(_unscanned(exported.unscanned, content["config"].get("dataset", {}), dry_run))
     for place in (exported.out, exported.quarantine):
         if dry_run and not overwrite and place is not None and is_taken(place):
             console.warn(f"{storage.to_text(place)} is already there: to write it takes --overwrite, or another place")
@@ -187,15 +195,47 @@ def _say_filtered(chosen: Selection, exported: Exported, dry_run: bool, console:
     if chosen.kept_by_list or chosen.dropped_by_list:
         console.say(f"by your lists, {chosen.kept_by_list} of them stay and {chosen.dropped_by_list} more go")
     if chosen.unreadable:
-        console.warn(f"{chosen.unreadable} samples have no score; --unreadable says what becomes of them")
+        console.warn(_unscored(chosen, dry_run))
     if exported.quarantine:
         console.say(f"{exported.quarantined} samples {would}put into quarantine")
     if exported.emptied:
         console.warn(f"nothing is left of {', '.join(exported.emptied)}")
-    if exported.unscanned:
-        console.warn(f"{exported.unscanned} images came after the scan and {would or 'were '}left out: scan --extend")
     if exported.skipped:
         console.warn(f"{exported.skipped} links, pipes or unreadable folders {would or 'were '}left out")
+    if exported.unread:
+        some = ", ".join(exported.unread_named) + (", ..." if exported.unread > len(exported.unread_named) else "")
+        console.warn(
+            f"{exported.unread} files look like images that cdclean does not read, and {would or 'are '}in the copy "
+            f"unscored: {some}"
+        )
+
+
+def _unscored(chosen: Selection, dry_run: bool) -> str:
+    """What becomes of the samples without a score."""
+    import pyarrow.compute as pc
+
+    count, kept = chosen.unreadable, int(pc.sum(chosen.decisions["keep"]).as_py() or 0) - chosen.kept
+    be = "would be" if dry_run else "are"
+    if kept == count:
+        return f"{count} samples have no score, and {be} kept"
+    left = f"{be} left out too (--unreadable keep copies them)"
+    return f"{count} samples have no score{f'; {kept} of them {be} kept, the others' if kept else ' and'} {left}"
+
+
+def _unscanned(count: int, taken: dict[str, Any], dry_run: bool) -> str:
+    """Why images of the dataset are not in the run, as far as `taken`, which run.json has, tells.
+
+    It has neither --min-age nor --require-marker: a file that was too young then was not left out for good.
+    """
+    words = [f"{name} {' '.join(taken[name])}" for name in ("include", "exclude") if taken.get(name)]
+    words += [f"limit {taken['limit']}"] if taken.get("limit") else []
+    if words:
+        return f"{count} images of the dataset are not in the run (which took {', '.join(words)}), and not in the copy"
+    left = "would be" if dry_run else "were"
+    return (
+        f"{count} images of the dataset are not in the run and {left} left out: they came after the scan, or it did "
+        "not take them yet (--min-age, --require-marker): scan --extend"
+    )
 
 
 @app.command()
