@@ -1,17 +1,22 @@
-"""Where a page may be written: not into the dataset, and over nothing but an earlier page."""
+"""Places in a report: where the page may be written, and which dataset its commands name."""
 
 from __future__ import annotations
 
+import bz2
 import json
 import os
+import shlex
 from pathlib import Path
 
 import pytest
 
 from cdclean import report
+from cdclean.datasets import open_dataset
 from cdclean.errors import OutputError, UsageError
+from cdclean.report import commands
 from cdclean.storage import locate
 from tests.runs import FILES, NORMS, snapshot, write_run, write_tree
+from tests.tars import png, tar
 
 
 @pytest.fixture
@@ -79,3 +84,36 @@ def test_places_where_no_file_can_stand(run: Path) -> None:
     assert "finished work" not in caught.value.hint
     with pytest.raises(OutputError, match="Not a directory"):
         report.write(run, run / "run.json" / "page.html")
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["train-0.tar", "train-1.tar"], 1),
+        ([f"train-{number:03}.tar.bz2" for number in range(9, 12)], 1),
+        (["8.tar", "9.tar", "10.tar"], 1),
+        (["08.tar", "09.tar"], 1),
+        (["099.tar", "100.tar"], 1),
+        (["98.tar", "99.tar", "100.tar"], 1),
+        (["098.tar", "099.tar"], 1),
+        (["09.tar", "10.tar", "12.tar"], 3),
+        (["a 1.tar", "b.tar"], 2),
+        (["it's {1}.tar", "it's {2}.tar"], 2),
+        (["one.tar"], 1),
+    ],
+    ids=str,
+)
+def test_the_scan_command_names_the_shards_of_the_run_and_no_others(
+    names: list[str], words: int, tmp_path: Path
+) -> None:
+    folder = tmp_path / "up 7" / "shards"
+    folder.mkdir(parents=True)
+    for number, name in enumerate([*names, "other.tar", "train-2.tar"]):
+        data = tar([(f"{number}.png", png(number))])
+        (folder / name).write_bytes(bz2.compress(data) if name.endswith(".bz2") else data)
+    dataset = open_dataset(*(str(folder / name) for name in names))
+    about = {"kind": "webdataset", "location": dataset.location, "name": dataset.name, "files": list(dataset.files)}
+    line = commands.scan({"dataset": about, "model": {"source": "net.pt"}, "config": {}}, tmp_path / "x.cdclean")
+    found = shlex.split(line.removeprefix("cdclean scan ").partition(" --model ")[0])
+    assert len(found) == words
+    assert open_dataset(*found).files == dataset.files
