@@ -17,6 +17,7 @@ import torch
 
 from cdclean.cli import app
 from cdclean.run import scan
+from tests.test_report import backdoored_run
 from tests.test_run import rows, settings, write_dataset
 
 ROOT = Path(__file__).parents[1]
@@ -241,3 +242,19 @@ def test_report_says_what_the_page_says_and_replaces_no_other_file(place: Path) 
     refused = cdclean("report", "--out", "data/a/001.png", cwd=place)
     assert (refused.returncode, refused.stdout) == (2, "")
     assert (place / "data" / "a" / "001.png").read_bytes() == image
+
+
+def test_bias_says_once_what_it_means_and_what_it_looked_at(tmp_path: Path) -> None:
+    run = backdoored_run(tmp_path)
+    done = cdclean("bias", run, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    within, whole = done.stdout.split("Against the whole run")
+    assert "What this shows:" not in within
+    assert "values of class that fewer than 20 samples of each predicted class have, or lack." in within
+    assert whole.count("What this shows:") == 1
+    assert "no --attributes: only what the run itself knows, class and prediction" in done.stderr
+    keys = [row["key"] for row in rows(run).to_pylist()]
+    (tmp_path / "a.csv").write_text("\n".join(["key,tone", *(f"{key},dark" for key in keys)]))
+    given = cdclean("bias", run, "--attributes", "a.csv", cwd=tmp_path)
+    assert given.returncode == 0, given.stderr
+    assert "no --attributes" not in given.stderr

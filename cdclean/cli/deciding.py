@@ -276,8 +276,11 @@ def bias(
     from cdclean import bias as biases
 
     found = biases.comparisons(chosen_run(run, console), _place(attributes), share=share)
+    if attributes is None:
+        console.say("no --attributes: only what the run itself knows, class and prediction")
     titles = {"prediction": "Within each predicted class", None: "Against the whole run"}
-    text = "\n\n".join(f"{titles[each.within]}\n\n{biases.table(each)}" for each in found)
+    tables = [f"{titles[each.within]}\n\n{biases.table(each, caveat=each is found[-1])}" for each in found]
+    text = "\n\n".join(tables)
     console.result(text, {each.within or "whole": biases.as_dict(each) for each in found})
 
 
