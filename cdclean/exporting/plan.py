@@ -116,7 +116,7 @@ def make(root: Location, samples: pa.Table, wanted: Collection[Fate]) -> Plan:
         unscanned=int((~known).sum()),
         skipped=kept_problems + int(unknown.sum()),
         unread=len(unread),
-        unread_named=tuple(unread[:_NAMED].to_pylist()),
+        unread_named=tuple(map(str, unread[:_NAMED].to_pylist())),
     )
 
 
