@@ -1,12 +1,15 @@
 """The only place that prints. Results go to stdout, everything else to stderr.
 
-With `json` the result is one JSON object; with `quiet` nothing is said but what goes wrong.
+With `json` the result is one JSON object; with `quiet` nothing is said but what goes wrong. Names come from file
+systems and archives that nobody vouches for: what would move a terminal's cursor, or turn its text round, is spelled
+out.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +18,8 @@ from typing import Any
 
 from cdclean.errors import CdcleanError
 
+_HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control and formatting characters, lone surrogates, ends of lines
+_SHOWN = "\n\t\u200c\u200d"  # of these, what lines and tables are made of, and what some words are joined with
 LOG_EVERY = 30.0  # seconds between progress lines where there is no terminal
 
 
@@ -25,7 +30,7 @@ class Console:
 
     def result(self, text: str, data: dict[str, Any]) -> None:
         """The answer to the command: `data` as JSON with `json`, `text` otherwise."""
-        print(dumps(data, indent=2) if self.json else text, flush=True)
+        print(dumps(data, indent=2) if self.json else visible(text), flush=True)
 
     def say(self, text: str) -> None:
         if not self.quiet:
@@ -73,8 +78,19 @@ class Console:
         return advance
 
 
+def visible(text: str) -> str:
+    """`text` with the characters spelled out that a terminal would obey or not show."""
+    return "".join(
+        letter.encode("unicode_escape").decode()
+        if letter not in _SHOWN and unicodedata.category(letter) in _HIDDEN
+        else letter
+        for letter in text
+    )
+
+
 def _to_stderr(text: str) -> None:
     """A line of talk; on a terminal it goes above the progress bar, if there is one."""
+    text = visible(text)
     if sys.stderr.isatty():
         from tqdm import tqdm
 

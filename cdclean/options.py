@@ -186,9 +186,13 @@ def model_spec(options: dict[str, Any]) -> ModelSpec:
     )
 
 
-def distill_config(options: dict[str, Any]) -> DistillConfig:
-    """The preset, with what was given on the command line put over it."""
+def distill_given(options: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a mask that were given on the command line."""
     given = {field.name: options.get(field.name) for field in dataclasses.fields(DistillConfig)}
     given["batch_size"] = _batch_size(options["batch_size"])
-    chosen = {name: value for name, value in given.items() if value is not None}
-    return preset(options["preset"], **chosen)
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def distill_config(options: dict[str, Any]) -> DistillConfig:
+    """The preset, with what was given on the command line put over it."""
+    return preset(options["preset"] or "default", **distill_given(options))

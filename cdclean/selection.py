@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Literal
 
 import numpy as np
@@ -14,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cdclean import config, keylists, verdict
-from cdclean.errors import GateError, InputError, Status, UsageError
+from cdclean.errors import GateError, InputError, OutputError, Status, UsageError
 from cdclean.records import load_run, read_aligned, read_columns
 from cdclean.schema import DECISIONS
 from cdclean.storage import Location, atomic_write, to_text
@@ -161,6 +163,20 @@ def select(
         verdict=ruled.verdict,
         notes=ruled.notes,
     )
+
+
+def check_place(run: Location) -> None:
+    """Raises OutputError where no decisions can be written into the run folder: to know it before a copy is made."""
+    if not isinstance(run, Path):
+        return  # asking would leave an object there if it were killed
+    try:
+        with TemporaryFile(dir=run):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"the decisions cannot be written into the run folder {to_text(run)}: {error.strerror or error}",
+            hint="Nothing was copied. Make the folder writable, or filter a copy of it.",
+        ) from error
 
 
 def write_decisions(run: Location, selection: Selection) -> Location:

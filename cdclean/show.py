@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import stat
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from cdclean import images, manifest, storage
+from cdclean.checkpoints import identity, split_source
 from cdclean.chunk import distil_pixels
-from cdclean.config import DistillConfig
+from cdclean.config import DistillConfig, ModelSpec
 from cdclean.datasets.reading import contents
-from cdclean.errors import DatasetError, SampleError
+from cdclean.devices import resolve_device
+from cdclean.errors import DatasetError, ModelError, OutputError, SampleError
 from cdclean.models import Classifier
 from cdclean.storage import Location
 
@@ -33,12 +39,52 @@ class Shown:
     confidence: float | None
 
 
+def scored_with(
+    run: Location, content: dict[str, Any], model: str | None, device: str
+) -> tuple[ModelSpec, DistillConfig]:
+    """Model and settings of a run, from `content` (run.json): with these an image gets the score that it has there.
+
+    model: where the model is now, if not where it was. The trust in a checkpoint is not the run's to give. Precision
+    and batch size go with the device: on another kind than the run's they are chosen for that one.
+
+    Raises ModelError where the model file is gone.
+    """
+    asked, plan, source = content["config"], content["plan"], model or content["model"].get("source") or ""
+    if model is None and split_source(source)[0] == "file" and not Path(source).is_file():
+        raise ModelError(
+            f"{source or 'the model'}, with which {storage.to_text(run)} was scored, is not there",
+            hint="Name it with --model, or go to the folder where the scan ran.",
+        )
+    found = ["head", "layer"]
+    if resolve_device(device).split(":")[0] == plan["device"]:
+        found += ["precision", "batch_size"]
+    spec = ModelSpec(**_fields(ModelSpec, asked["model"]) | {"source": source, "trust_checkpoint": False})
+    architecture = content["model"]["architecture"]
+    if model is not None and ":" in architecture and identity(spec) == content["model"]["weights"]:
+        spec = dataclasses.replace(spec, arch=architecture)  # the name of the file, now another, may have said it
+    masks = _fields(DistillConfig, asked["distill"]) | {name: plan[name] for name in found}
+    return spec, DistillConfig(**masks)
+
+
+def _fields(kind: type[Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Those of `values`, which come from JSON, that a settings class knows."""
+    known = {field.name for field in dataclasses.fields(kind)}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if name in known}
+
+
 def read_image(name: str, run: Location | None) -> tuple[str, bytes]:
-    """Key and encoded bytes of an image: a file, or a key of `run`. Raises DatasetError where it is neither."""
+    """Key and encoded bytes of an image: a file, or a key of `run`.
+
+    Raises DatasetError where it is neither, and for a sample that a scan would not have opened.
+    """
     path = storage.locate(name)
     try:
         if run is not None and (job := manifest.find(run / "manifest.parquet", name)):
+            if job.problem is not None:
+                raise DatasetError(f"{name} has no score, and is not opened: {job.problem}")
             return name, next(contents([job]))()
+        if isinstance(path, Path) and stat.S_ISFIFO(path.stat().st_mode):  # would wait for its writer
+            raise DatasetError(f"{storage.to_text(path)} is a named pipe, not an image")
         return storage.to_text(path), path.read_bytes()
     except OSError as error:
         where = f"neither a sample of {storage.to_text(run)} nor a file" if run else "not a file that can be read"
@@ -48,14 +94,29 @@ def read_image(name: str, run: Location | None) -> tuple[str, bytes]:
         ) from error
 
 
+def _make_folder(folder: Path) -> None:
+    """Make the folder for the pictures. Raises OutputError where it cannot be made or written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"the pictures cannot be written to {storage.to_text(folder)}: {error.strerror or error}",
+            hint="Name another folder with --out.",
+        ) from error
+
+
 def show(
     classifier: Classifier, named: list[tuple[str, bytes]], config: DistillConfig, device: str, folder: Path
 ) -> list[Shown]:
     """Distil the images, (key, encoded bytes) each, and write `<folder>/<name>.png` for each.
 
     `classifier` is on `device`, and `config` is resolved (precision and head are set). An image's score is that of a
-    scan with the same settings. Raises DatasetError for an image that cannot be decoded.
+    scan with the same settings. Raises OutputError for a folder that cannot be written to, DatasetError for an image
+    that cannot be decoded.
     """
+    _make_folder(folder)
     transform = images.make_transform(classifier.geometry, classifier.mean)
     decoded = []
     for key, data in named:
@@ -64,7 +125,6 @@ def show(
         except SampleError as error:
             raise DatasetError(f"{key}: {error.reason}") from error
     keys = [key for key, _ in named]
-    folder.mkdir(parents=True, exist_ok=True)
     shown = []
     size = config.batch_size or len(decoded)
     for start in range(0, len(decoded), size):

@@ -81,10 +81,12 @@ ROOMS: dict[str, set[str]] = {
     "bias": {"errors", "records", "storage"},
     "report": {"bias", "config", "errors", "records", "storage", "summary", "verdict"},
     # the surface
-    "show": {"chunk", "config", "datasets", "errors", "images", "manifest", "models", "storage"},
+    "show": {"checkpoints", "chunk", "config", "datasets", "devices", "errors", "images", "manifest", "models"}
+    | {"storage"},
     "demo": {"config", "console", "errors", "records", "storage", "verdict"} | VERBS,
     "options": {"config", "errors"},
-    "cli": {"config", "console", "demo", "errors", "events", "options", "plan", "records", "show", "storage"} | VERBS,
+    "cli": {"config", "console", "demo", "errors", "events", "options", "plan", "records", "show", "storage", "verdict"}
+    | VERBS,
     "__main__": {"cli"},
     "__init__": {"config", "distillation", "errors", "verdict"} | VERBS,
 }

@@ -252,7 +252,8 @@ def test_a_value_that_few_have_or_lack_is_not_tested(tmp_path: Path) -> None:
     assert {r.value for r in found.rows if r.attribute == "enough"} == {"x", "y"}
     assert not [r for r in found.rows if r.attribute == "few"]
     assert found.rare == 2
-    assert f"Left out: 2 values that fewer than {MIN_SUPPORT} samples have, or lack." in bias.table(found)
+    assert found.rare_in == ("few",)
+    assert f"Left out: 2 values of few that fewer than {MIN_SUPPORT} samples have, or lack." in bias.table(found)
 
 
 def test_names_are_passed_over(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 from cdclean.cli import app
 from cdclean.exporting.places import MARKER
 from cdclean.run import scan
+from tests.test_report import backdoored_run
 from tests.test_run import rows, settings, write_dataset
 
 ROOT = Path(__file__).parents[1]
@@ -139,14 +141,37 @@ def test_show_draws_files_and_keys(place: Path) -> None:
     assert [image["name"] for image in json.loads(keyed.stdout)["images"]] == ["data/a/001.png", "b/002.png"]
 
 
+def shown_norm(done: subprocess.CompletedProcess[str]) -> float:
+    assert done.returncode == 0, done.stderr
+    norm: float = json.loads(done.stdout)["images"][0]["mask_norm"]
+    return norm
+
+
 def test_what_is_shown_is_what_was_scored(place: Path) -> None:
-    command = ["show", "b/002.png", "--run", "data.cdclean", "--model", "test_resnet.pt", "--input-size", 32]
-    done = cdclean(
-        *command, "--steps", 3, "--json", "--device", "cpu", "--batch-size", 4, OMP_NUM_THREADS="1", cwd=place
-    )
-    shown = json.loads(done.stdout)["images"][0]
-    scored = next(row for row in rows(place / "data.cdclean").to_pylist() if row["key"] == "b/002.png")
-    assert shown["mask_norm"] == scored["mask_norm"]
+    command = ["show", "b/002.png", "--run", "data.cdclean", "--json"]
+    content = json.loads((place / "data.cdclean" / "run.json").read_text())
+    content["model"]["source"] = "test_resnet.pt"  # as if the scan had been made here
+    (place / "data.cdclean" / "run.json").write_text(json.dumps(content))
+    scored = next(row for row in rows(place / "data.cdclean").to_pylist() if row["key"] == "b/002.png")["mask_norm"]
+    done = cdclean(*command, OMP_NUM_THREADS="1", cwd=place)
+    assert shown_norm(done) == scored
+    assert "warning" not in done.stderr
+    given = cdclean(*command, "--model", "test_resnet.pt", "--steps", 4, OMP_NUM_THREADS="1", cwd=place)
+    assert shown_norm(given) != scored
+    (place / "test_resnet.pt").rename(place / "moved.pt")
+    gone = cdclean(*command, cwd=place)
+    assert gone.returncode == 3
+    assert "test_resnet.pt, with which data.cdclean was scored, is not there" in gone.stderr
+    moved = cdclean(*command, "--model", "moved.pt", OMP_NUM_THREADS="1", cwd=place)
+    assert shown_norm(moved) == scored
+
+
+def test_what_is_shown_with_another_model_says_so(place: Path) -> None:
+    torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), place / "test_resnet.pt")
+    command = ["show", "b/002.png", "--run", "data.cdclean", "--model", "test_resnet.pt", "--preset", "fast"]
+    done = cdclean(*command, cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert "test_resnet.pt is not the model that data.cdclean was scored with" in done.stderr
 
 
 def test_settings_come_from_flag_then_variable_then_file(place: Path) -> None:
@@ -201,6 +226,8 @@ def test_one_value_in_a_file_for_an_option_that_takes_several(place: Path) -> No
         (["filter", "--quantile", "0.1", "--out", "data"], 2, "dataset"),
         (["evaluate", "--truth", "nothing.csv"], 3, "nothing.csv"),
         (["show", "nothing.png", "--model", "test_resnet.pt"], 3, "nothing.png"),
+        (["show", "data/a/001.png"], 2, "--model"),
+        (["show", "a/001.png", "--run", "data.cdclean", "--out", "test_resnet.pt"], 3, "--out"),
         (["train", "data", "--arch", "timm:resnet51"], 3, "resnet51"),
         (["dance"], 2, "dance"),
     ],
@@ -247,3 +274,32 @@ def test_every_option_in_the_readme_exists() -> None:
     for line in re.findall(r"cdclean (?:scan|filter|train|evaluate) [^`\n]*", readme):
         for option in re.findall(r"--[a-z-]+", line):
             assert option in helped, line
+
+
+def test_report_says_what_the_page_says_and_replaces_no_other_file(place: Path) -> None:
+    done = cdclean("report", cwd=place)
+    assert done.stdout == "data.cdclean/report.html\n"
+    sentence = done.stderr.splitlines()[-1]
+    assert f">{sentence}</h1>" in unescape((place / "data.cdclean" / "report.html").read_text())
+    result = json.loads(cdclean("report", "--json", "--quiet", cwd=place).stdout)
+    assert result["verdict"]["sentence"] == sentence
+    image = (place / "data" / "a" / "001.png").read_bytes()
+    refused = cdclean("report", "--out", "data/a/001.png", cwd=place)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert (place / "data" / "a" / "001.png").read_bytes() == image
+
+
+def test_bias_says_once_what_it_means_and_what_it_looked_at(tmp_path: Path) -> None:
+    run = backdoored_run(tmp_path)
+    done = cdclean("bias", run, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    within, whole = done.stdout.split("Against the whole run")
+    assert "What this shows:" not in within
+    assert "values of class that fewer than 20 samples of each predicted class have, or lack." in within
+    assert whole.count("What this shows:") == 1
+    assert "no --attributes: only what the run itself knows, class and prediction" in done.stderr
+    keys = [row["key"] for row in rows(run).to_pylist()]
+    (tmp_path / "a.csv").write_text("\n".join(["key,tone", *(f"{key},dark" for key in keys)]))
+    given = cdclean("bias", run, "--attributes", "a.csv", cwd=tmp_path)
+    assert given.returncode == 0, given.stderr
+    assert "no --attributes" not in given.stderr

@@ -32,6 +32,31 @@ def test_json_and_quiet(capsys: pytest.CaptureFixture[str]) -> None:
     assert shown.err == "warning: beware\n"
 
 
+def test_what_a_terminal_would_obey_is_spelled_out(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "a\x1b]0;owned\x07\x9b2J\r\u202e\udcff.png"
+    shown = r"a\x1b]0;owned\x07\x9b2J\r\u202e\udcff.png"
+    console = Console()
+    console.result(name, {"name": name})
+    console.say(name)
+    console.warn(name)
+    console.error(UsageError(name, hint=name))
+    out, err = capsys.readouterr()
+    assert out == f"{shown}\n"
+    assert err == f"{shown}\nwarning: {shown}\nerror: {shown}\n  -> {shown}\n"
+    Console(json=True).result(name, {"name": name})
+    out = capsys.readouterr().out
+    assert json.loads(out) == {"name": name}
+    assert out.replace("\n", "").isprintable()
+
+
+def test_what_is_written_stays_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    names = (
+        "a\\b c\u00a0d\u3000e\n\tcaf\u00e9 \u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645 \U0001f469\u200d\U0001f52c"
+    )
+    Console().result(names, {})
+    assert capsys.readouterr().out == f"{names}\n"
+
+
 def test_progress_off_a_terminal_is_lines_with_rate_and_time_left(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

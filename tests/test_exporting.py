@@ -296,6 +296,25 @@ def test_what_came_after_the_scan_is_left_out_and_counted(tmp_path: Path, data: 
 
 
 @LINUX
+def test_images_of_kinds_that_are_not_read_are_named_where_they_are_copied(tmp_path: Path, data: Path) -> None:
+    write_tree(data, {"cat/1.HEIC": b"", "cat/2.avif": b"", "new/photo.jxl": b"", "raw.cr2": b"", "heic": b""})
+    run = write_run(tmp_path / "data.cdclean", NORMS, dataset=data)
+    done = export(run, half(run), tmp_path / "clean", dry_run=True)
+    assert (done.unread, done.unread_named) == (3, ("cat/1.HEIC", "new/photo.jxl", "raw.cr2"))
+    assert export(run, half(run), tmp_path / "clean") == done
+    assert {"cat/1.HEIC", "new/photo.jxl", "raw.cr2"} <= contents(tmp_path / "clean").keys()
+    assert "cat/2.avif" not in contents(tmp_path / "clean")  # a sidecar of what is dropped
+    assert export(run, half(run), tmp_path / "list.csv", mode="list").unread == 0
+
+
+def test_a_format_is_for_a_list(tmp_path: Path, run: Path) -> None:
+    with pytest.raises(UsageError, match="--format parquet is for a list"):
+        export(run, half(run), tmp_path / "clean", format="parquet")
+    assert not (tmp_path / "clean").exists()
+    export(run, half(run), tmp_path / "clean", mode="list")
+    assert (tmp_path / "clean").read_text().startswith('"key",')
+
+
 def test_links_are_not_followed_out_of_the_dataset(tmp_path: Path, data: Path) -> None:
     (tmp_path / "secret").write_bytes(b"secret")
     (data / "cat/secret.txt").symlink_to(tmp_path / "secret")

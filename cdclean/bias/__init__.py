@@ -96,10 +96,11 @@ class Bias:
     small: int  # of those, the ones with the smallest masks
     cutoff: float | None  # largest of those, mask norm in model-input pixels; None where each class has its own
     min_support: int  # samples that have a value, and that lack it, for it to have a row
-    rare: int  # values that have none for that
+    rare: int  # values that have none for that; of each predicted class, where those are compared
     without_attributes: int  # scored samples without a row in the file; 0 without a file
     unmatched: int  # rows of the file whose sample is not in the run, or has no score
     skipped: tuple[Skipped, ...]
+    rare_in: tuple[str, ...] = ()  # the attributes whose values those are
     caveat: str = CAVEAT
 
     @property
@@ -162,7 +163,6 @@ def analyse(
             f"a share of {share:g} of {len(small)} scored samples is not one sample", hint="Take a larger share."
         )
     counted = [_count(column, strata, small) for column in columns]
-    rare = sum(counts.rare for counts in counted)
     return Bias(
         rows=_rows(counted, columns, strata, described=built_in),
         share=share,
@@ -171,10 +171,11 @@ def analyse(
         small=int(small.sum()),
         cutoff=None if within else float(scored["mask_norm"].to_numpy()[small].max()),
         min_support=MIN_SUPPORT,
-        rare=rare,
+        rare=sum(counts.rare for counts in counted),
         without_attributes=given.without,
         unmatched=given.unmatched,
         skipped=tuple(skipped),
+        rare_in=tuple(column.name for column, counts in zip(columns, counted, strict=True) if counts.rare),
     )
 
 
@@ -192,7 +193,7 @@ def comparisons(run: Location, attributes: Location | None = None, *, share: flo
 def as_dict(bias: Bias) -> dict[str, Any]:
     """Everything in plain JSON types; every number is finite, and null where there is none."""
     plain = asdict(bias)
-    return plain | {"rows": list(plain["rows"]), "skipped": list(plain["skipped"])}
+    return plain | {name: list(plain[name]) for name in ("rows", "skipped", "rare_in")}
 
 
 # --- The run: scores, class and prediction ---

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from cdclean.bias import Bias
 
 _WIDTH = 100  # of running text
+_NAMED = 5  # attributes in a sentence, at most
 
 
 def sentence(bias: Bias) -> str:
@@ -29,10 +30,11 @@ def sentence(bias: Bias) -> str:
     )
 
 
-def table(bias: Bias, limit: int = 20) -> str:
+def table(bias: Bias, limit: int = 20, *, caveat: bool = True) -> str:
     """For a terminal: a sentence, rows (`*`: significant), what was left out, what it means.
 
     limit: of the tested rows, and of the described ones, so that many of the first do not hide the second.
+    caveat: whether it ends with what it means; of several tables one is enough.
     """
     where = " of each predicted class" if bias.within else ""
     lines = [*wrap(sentence(bias), _WIDTH), ""]
@@ -57,14 +59,16 @@ def table(bias: Bias, limit: int = 20) -> str:
     if bias.described:
         lines.append("q -: described, not tested.")
     if bias.rare:
-        lines.append(f"Left out: {bias.rare} values that fewer than {bias.min_support} samples have, or lack.")
+        of = ", ".join([*map(_printable, bias.rare_in[:_NAMED]), *(["..."] if len(bias.rare_in) > _NAMED else [])])
+        few = f"fewer than {bias.min_support} samples{where} have, or lack"
+        lines += wrap(f"Left out: {bias.rare} values of {of} that {few}.", _WIDTH)
     lines += [f"Passed over: {_printable(item.attribute)} ({item.reason})." for item in bias.skipped]
     if bias.without_attributes or bias.unmatched:
         lines.append(
             f"{bias.without_attributes} scored samples have no row of attributes; "
             f"{bias.unmatched} rows are of no scored sample."
         )
-    return "\n".join([*lines, "", *wrap(bias.caveat, _WIDTH)])
+    return "\n".join([*lines, "", *wrap(bias.caveat, _WIDTH)] if caveat else lines)
 
 
 def _printable(text: str) -> str:

@@ -16,6 +16,7 @@ from cdclean.options import ConfigFile, Json, Quiet, Run
 if TYPE_CHECKING:
     from cdclean.exporting import Exported
     from cdclean.selection import Selection
+    from cdclean.verdict import Verdict
 
 _RULE = "Rule (one of them)"
 _OVERRIDE = "Guards and exceptions"
@@ -83,7 +84,9 @@ def filter_(
     mode: Annotated[
         ExportMode, typer.Option(help="How the copy is made; list writes a table.", rich_help_panel=_COPY)
     ] = "copy",
-    format: Annotated[ListFormat, typer.Option(help="Of --mode list.", rich_help_panel=_COPY)] = "csv",
+    format: Annotated[
+        ListFormat | None, typer.Option(help="Of --mode list. Default: csv.", rich_help_panel=_COPY)
+    ] = None,
     quarantine: Annotated[
         str | None, typer.Option(help="Folder for the dropped samples, same tree.", rich_help_panel=_COPY)
     ] = None,
@@ -131,8 +134,12 @@ def filter_(
             f"{chosen.verdict.sentence}, so nothing was written",
             hint="Look at it with cdclean report, then filter by another rule.",
         )
-    name = storage.from_text(records.load_run(folder)["dataset"]["name"])
-    target = storage.locate(out or f"{name}-clean{f'.{format}' if mode == 'list' else ''}")
+    content = records.load_run(folder)
+    name = storage.from_text(content["dataset"]["name"])
+    ending = f".{format or 'csv'}" if mode == "list" else ""
+    target = storage.locate(out or f"{name}-clean{ending}")
+    if not dry_run:
+        selection.check_place(folder)
     copied = int(pc.sum(chosen.decisions["keep"]).as_py() or 0) + (chosen.dropped if quarantine else 0)
     with console.progress("copying", total=copied, unit="files") as advance:
         exported = export(
@@ -150,16 +157,14 @@ def filter_(
     if not dry_run:
         selection.write_decisions(folder, chosen)
     _say_filtered(chosen, exported, dry_run, console)
+    if exported.unscanned:
+        console.warn(_unscanned(exported.unscanned, content["config"].get("dataset", {}), dry_run))
     for place in (exported.out, exported.quarantine):
         if dry_run and not overwrite and place is not None and is_taken(place):
             console.warn(f"{storage.to_text(place)} is already there: to write it takes --overwrite, or another place")
     names = ("rule", "cutoff", "samples", "kept", "dropped", "unreadable", "kept_by_list", "dropped_by_list")
     counts: dict[str, Any] = {name: getattr(chosen, name) for name in names}
-    counts["verdict"] = chosen.verdict and {
-        "outcome": chosen.verdict.outcome,
-        "sentence": chosen.verdict.sentence,
-        "evidence": chosen.verdict.evidence,
-    }
+    counts["verdict"] = chosen.verdict and _told(chosen.verdict)
     written = dataclasses.asdict(exported) | {"out": storage.to_text(target), "quarantine": quarantine}
     console.result(storage.to_text(target), {"run": storage.to_text(folder)} | counts | written)
 
@@ -168,6 +173,10 @@ def _place(text: str | None) -> Any:
     from cdclean.storage import locate
 
     return None if text is None else locate(text)
+
+
+def _told(verdict: Verdict) -> dict[str, Any]:
+    return {"outcome": verdict.outcome, "sentence": verdict.sentence, "evidence": verdict.evidence}
 
 
 def _say_filtered(chosen: Selection, exported: Exported, dry_run: bool, console: Console) -> None:
@@ -186,15 +195,47 @@ def _say_filtered(chosen: Selection, exported: Exported, dry_run: bool, console:
     if chosen.kept_by_list or chosen.dropped_by_list:
         console.say(f"by your lists, {chosen.kept_by_list} of them stay and {chosen.dropped_by_list} more go")
     if chosen.unreadable:
-        console.warn(f"{chosen.unreadable} samples have no score; --unreadable says what becomes of them")
+        console.warn(_unscored(chosen, dry_run))
     if exported.quarantine:
         console.say(f"{exported.quarantined} samples {would}put into quarantine")
     if exported.emptied:
         console.warn(f"nothing is left of {', '.join(exported.emptied)}")
-    if exported.unscanned:
-        console.warn(f"{exported.unscanned} images came after the scan and {would or 'were '}left out: scan --extend")
     if exported.skipped:
         console.warn(f"{exported.skipped} links, pipes or unreadable folders {would or 'were '}left out")
+    if exported.unread:
+        some = ", ".join(exported.unread_named) + (", ..." if exported.unread > len(exported.unread_named) else "")
+        console.warn(
+            f"{exported.unread} files look like images that cdclean does not read, and {would or 'are '}in the copy "
+            f"unscored: {some}"
+        )
+
+
+def _unscored(chosen: Selection, dry_run: bool) -> str:
+    """What becomes of the samples without a score."""
+    import pyarrow.compute as pc
+
+    count, kept = chosen.unreadable, int(pc.sum(chosen.decisions["keep"]).as_py() or 0) - chosen.kept
+    be = "would be" if dry_run else "are"
+    if kept == count:
+        return f"{count} samples have no score, and {be} kept"
+    left = f"{be} left out too (--unreadable keep copies them)"
+    return f"{count} samples have no score{f'; {kept} of them {be} kept, the others' if kept else ' and'} {left}"
+
+
+def _unscanned(count: int, taken: dict[str, Any], dry_run: bool) -> str:
+    """Why images of the dataset are not in the run, as far as `taken`, which run.json has, tells.
+
+    It has neither --min-age nor --require-marker: a file that was too young then was not left out for good.
+    """
+    words = [f"{name} {' '.join(taken[name])}" for name in ("include", "exclude") if taken.get(name)]
+    words += [f"limit {taken['limit']}"] if taken.get("limit") else []
+    if words:
+        return f"{count} images of the dataset are not in the run (which took {', '.join(words)}), and not in the copy"
+    left = "would be" if dry_run else "were"
+    return (
+        f"{count} images of the dataset are not in the run and {left} left out: they came after the scan, or it did "
+        "not take them yet (--min-age, --require-marker): scan --extend"
+    )
 
 
 @app.command()
@@ -211,10 +252,14 @@ def report(
     console = Console(json, quiet)
     from cdclean import report as pages
     from cdclean import storage
+    from cdclean.verdict import judge
 
     folder = chosen_run(run, console)
-    page = pages.write(folder, _place(out), samples_shown=samples_shown, attributes=_place(attributes))
-    console.result(storage.to_text(page), {"run": storage.to_text(folder), "report": storage.to_text(page)})
+    verdict = judge(folder)
+    page = pages.write(folder, _place(out), samples_shown=samples_shown, attributes=_place(attributes), verdict=verdict)
+    console.say(verdict.sentence)
+    written = {"run": storage.to_text(folder), "report": storage.to_text(page), "verdict": _told(verdict)}
+    console.result(storage.to_text(page), written)
 
 
 @app.command()
@@ -231,8 +276,11 @@ def bias(
     from cdclean import bias as biases
 
     found = biases.comparisons(chosen_run(run, console), _place(attributes), share=share)
+    if attributes is None:
+        console.say("no --attributes: only what the run itself knows, class and prediction")
     titles = {"prediction": "Within each predicted class", None: "Against the whole run"}
-    text = "\n\n".join(f"{titles[each.within]}\n\n{biases.table(each)}" for each in found)
+    tables = [f"{titles[each.within]}\n\n{biases.table(each, caveat=each is found[-1])}" for each in found]
+    text = "\n\n".join(tables)
     console.result(text, {each.within or "whole": biases.as_dict(each) for each in found})
 
 

@@ -10,8 +10,9 @@ import typer
 
 from cdclean import options
 from cdclean.cli.app import app
-from cdclean.config import Augment, Optimizer, ScanConfig, TrainPrecision
+from cdclean.config import Augment, Optimizer, Preset, ScanConfig, TrainPrecision
 from cdclean.console import Console
+from cdclean.errors import UsageError
 from cdclean.options import (
     Arch,
     AreaCost,
@@ -25,10 +26,8 @@ from cdclean.options import (
     Layer,
     LearningRate,
     Mean,
-    Model,
     ObjectiveOption,
     PrecisionOption,
-    PresetOption,
     Quiet,
     ResizeMode,
     Seed,
@@ -41,8 +40,12 @@ from cdclean.options import (
 @app.command()
 def show(
     images: Annotated[list[str], typer.Argument(help="Image files, or keys of a run with --run.")],
-    model: Model,
-    run: Annotated[str | None, typer.Option(help="Run folder whose keys may be named.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="As for scan. Default: the model of --run.", rich_help_panel="Model")
+    ] = None,
+    run: Annotated[
+        str | None, typer.Option(help="Run folder: its keys may be named, and its model and settings are taken.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("patterns"),
     device: Device = "auto",
     arch: Arch = None,
@@ -53,7 +56,9 @@ def show(
     resize: ResizeMode = None,
     trust_checkpoint: Trust = False,
     objective: ObjectiveOption = None,
-    preset: PresetOption = "default",
+    preset: Annotated[
+        Preset | None, typer.Option(help="As for scan. Default: what --run took.", rich_help_panel="Distillation")
+    ] = None,
     steps: Steps = None,
     learning_rate: LearningRate = None,
     area_cost: AreaCost = None,
@@ -69,12 +74,25 @@ def show(
     """Draw images, their masks and their cognitive patterns side by side, one PNG each."""
     given = locals()
     console = Console(json, quiet)
-    from cdclean import plan, storage
+    if model is run is None:
+        raise UsageError("show needs a model", hint="Give --model, or a run that was made with one: --run RUN")
+    from cdclean import plan, records, storage
     from cdclean import show as drawing
 
-    named = [drawing.read_image(name, storage.locate(run) if run else None) for name in images]
-    settings = ScanConfig("", options.model_spec(given), options.distill_config(given), device=device)
-    classifier, distill, device = plan.resolve(settings)
+    folder = storage.locate(run) if run is not None else None
+    content = records.load_run(folder, complete=False) if folder is not None else None
+    named = [drawing.read_image(name, folder) for name in images]
+    spec = options.model_spec(given)
+    if folder is not None and content is not None:
+        before, masks = drawing.scored_with(folder, content, model, device)
+        spec = dataclasses.replace(before, **{name: value for name, value in vars(spec).items() if value is not None})
+    if content is not None and preset is None and objective in (None, masks.objective):
+        distill = dataclasses.replace(masks, **options.distill_given(given))
+    else:  # prices and rates of one objective mean nothing to another
+        distill = options.distill_config(given)
+    classifier, distill, device = plan.resolve(ScanConfig("", spec, distill, device=device))
+    if content is not None and classifier.weights != content["model"]["weights"]:
+        console.warn(f"{spec.source} is not the model that {run} was scored with: other weights, so other scores")
     drawn = drawing.show(classifier, named, distill, device, out)
     text = "\n".join(f"{shown.picture}  mask norm {shown.mask_norm:.1f}" for shown in drawn)
     console.result(text, {"images": [dataclasses.asdict(shown) for shown in drawn]})
@@ -147,7 +165,6 @@ def demo(
 
     result = demo.run(folder, console)
     dataset, run = storage.to_text(result.folder / "digits"), storage.to_text(result.run)
-    model = storage.to_text(result.folder / "probe.pt")
     text = f"""
 {result.planted} of {result.images} digits carry a patch and lie in the wrong folder.
 The network agrees with the folders on {result.accuracy:.0%} of the images: it has learned the patch too.
@@ -162,7 +179,7 @@ The network agrees with the folders on {result.accuracy:.0%} of the images: it h
   clean copy    {storage.to_text(result.clean_copy)}
 
 next, open the report in a browser, or look at one of them:
-  cdclean show {result.example} --run {run} --model {model}
+  cdclean show {result.example} --run {run}
 then, on your own data:
   cdclean scan ./dataset --model resnet50.pt"""
     values = {name: storage.to_text(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(result).items()}

@@ -52,10 +52,12 @@ class Exported:
     bytes: int  # of both
     quarantined: int  # samples in quarantine
     emptied: tuple[str, ...]  # classes, shards or tables that had samples and have none left
-    unscanned: int  # images that came into the dataset after the scan: left out
+    unscanned: int  # images of the dataset that are not in the run: left out
     skipped: int  # links that are not followed, pipes, folders that cannot be listed: left out
     out: Location
     quarantine: Location | None
+    unread: int = 0  # files of the clean copy that are images by their names, of kinds that are not read: unscored
+    unread_named: tuple[str, ...] = ()  # some of them
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class _Copy:
     counted: bool  # whether `expected` knows all that `fill` will give
     unscanned: int = 0
     skipped: int = 0
+    unread: int = 0
+    unread_named: tuple[str, ...] = ()
 
 
 def export(
@@ -79,7 +83,7 @@ def export(
     overwrite: bool = False,
     dry_run: bool = False,
     shard_size: int | None = None,
-    format: Format = "csv",
+    format: Format | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Exported:
     """Write the kept samples of `run`'s dataset, with all that goes with them, to the folder `out`.
@@ -88,8 +92,8 @@ def export(
 
     decisions: schema.DECISIONS, a row for every sample of the run, as `select` gives it.
     mode: copy; hardlink or symlink (absolute) to the originals, for a folder of images on a local disk; or list, where
-        `out` and `quarantine` are tables of `format`, and no image is opened. Its columns are key, url, label,
-        class_name, mask_norm, mask_density, prediction, keep, reason.
+        `out` and `quarantine` are tables of `format` (csv without it), and no image is opened. Its columns are key,
+        url, label, class_name, mask_norm, mask_density, prediction, keep, reason.
     quarantine: a folder that gets the dropped samples and their sidecars, in the same tree. Samples without a score
         are in neither unless the decisions keep them.
     overwrite: replace an earlier copy or list at `out` and `quarantine`, and nothing else: every copy has an empty file
@@ -105,7 +109,7 @@ def export(
     local place.
     """
     about = load_run(run)["dataset"]
-    _refuse_options(about["kind"], mode, shard_size)
+    _refuse_options(about["kind"], mode, shard_size, format)
     asked = {Fate.KEPT: out} if quarantine is None else {Fate.DROPPED: quarantine, Fate.KEPT: out}
     root = locate(from_text(about["location"]))
     if mode in ("hardlink", "symlink") and not all(map(is_local, [root, *asked.values()])):
@@ -128,7 +132,7 @@ def export(
         places.check_space({place: done[fate].bytes for fate, place in targets.items()})
     if mode == "list":
         if not dry_run:
-            _write_lists(samples, targets, format)
+            _write_lists(samples, targets, format or "csv")
     elif not dry_run:
         done = writing.write(targets, copy.fill, overwrite)
     clean = done[Fate.KEPT]
@@ -142,6 +146,8 @@ def export(
         skipped=copy.skipped,
         out=out,
         quarantine=quarantine,
+        unread=copy.unread,
+        unread_named=copy.unread_named,
     )
 
 
@@ -156,7 +162,12 @@ def _check_there(root: Location, run: Location) -> None:
         raise DatasetError(f"the dataset {to_text(root)} of {to_text(run)} is not there", hint=hint)
 
 
-def _refuse_options(kind: str, mode: Mode, shard_size: int | None) -> None:
+def _refuse_options(kind: str, mode: Mode, shard_size: int | None, format: Format | None) -> None:
+    if format is not None and mode != "list":
+        raise UsageError(
+            f"--format {format} is for a list, and --mode {mode} makes a copy of the dataset's own kind",
+            hint=f"For a table instead of a copy: --mode list --format {format}",
+        )
     if mode in ("hardlink", "symlink") and kind != "imagefolder":
         raise UsageError(
             f"--mode {mode} is for folders of images, and the dataset is a {kind}", hint="Take --mode copy, or list."
@@ -217,7 +228,8 @@ def _copy(
         def fill_folder(fate: Fate, target: Location) -> Filled:
             return folders.fill(what, fate, target, linking, progress)
 
-        return _Copy(what.count, fill_folder, True, what.unscanned, what.skipped)
+        unread = (0, ()) if mode == "list" else (what.unread, what.unread_named)
+        return _Copy(what.count, fill_folder, True, what.unscanned, what.skipped, *unread)
     fates = plan.fates(samples)
     files = about.get("files", ())
 

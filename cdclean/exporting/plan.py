@@ -23,6 +23,9 @@ from cdclean.exporting.places import MARKER
 from cdclean.storage import Location, to_text
 
 _ENTRIES = 1 << 14  # entries in memory at a time
+_NAMED = 3  # files that a message names
+# Images of kinds that are not read, by their names' ends: cameras, phones and the web have more than `walk` knows.
+_UNREAD = r"(?i)\.(heic|heif|hif|avif|jxl|jxr|jp2|j2k|jpx|apng|tga|dng|cr2|cr3|nef|nrw|arw|orf|rw2|raf|pef|srw)$"
 _SAME = "Bring the dataset back to what was scanned, or scan it again."
 
 
@@ -53,6 +56,8 @@ class Plan:
     emptied: tuple[str, ...]  # classes (text) that had samples, and keep none
     unscanned: int  # images that are not in the manifest
     skipped: int  # things that cannot be copied, and samples among them that were to be kept
+    unread: int  # kept files that are images by their names, of kinds that no scan reads
+    unread_named: tuple[str, ...]  # some of them
 
     def part(self, fate: Fate) -> pa.Table:
         """The rows of `files` that have this fate."""
@@ -91,12 +96,15 @@ def make(root: Location, samples: pa.Table, wanted: Collection[Fate]) -> Plan:
     hashes = samples["content_hash"]
     if not np.array_equal(rows, np.arange(samples.num_rows)):
         hashes = hashes.take(pa.array(rows, pa.int64(), mask=~known))
+    other_fate = _sidecars(others, images, image_fate)
     table = pa.concat_tables(
         [
             _files(images, hashes, image_fate, sample=True),
-            _files(others, pa.nulls(others.num_rows, pa.string()), _sidecars(others, images, image_fate), sample=False),
+            _files(others, pa.nulls(others.num_rows, pa.string()), other_fate, sample=False),
         ]
     )
+    kept_others = others["key"].filter(pa.array(other_fate == Fate.KEPT))
+    unread = kept_others.filter(pc.match_substring_regex(kept_others, _UNREAD))
     kept_problems = int((samples["keep"].to_numpy() & samples["problem"].is_valid().to_numpy()).sum())
     strange = pa.array(problems, pa.string())
     folded = pa.array([f"{key}/" for key in problems], pa.string())  # how the manifest names a folder
@@ -108,6 +116,8 @@ def make(root: Location, samples: pa.Table, wanted: Collection[Fate]) -> Plan:
         emptied=_emptied(samples["class_name"], fate, {to_text(folder) for folder in folders if "/" not in folder}),
         unscanned=int((~known).sum()),
         skipped=kept_problems + int(unknown.sum()),
+        unread=len(unread),
+        unread_named=tuple(map(str, unread[:_NAMED].to_pylist())),
     )
 
 

@@ -1,7 +1,7 @@
 """A run as one page for the person who has to decide: self-contained HTML that fetches nothing.
 
 gathering.py reads the numbers and the few pictures, figures.py lays out the charts, commands.py writes command lines,
-rendering.py fills page.html.j2 with its style and script.
+rendering.py fills page.html.j2 with its style and script, places.py says where the page may stand.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from cdclean import __version__, records
 from cdclean.config import fingerprint
 from cdclean.errors import UsageError
-from cdclean.report import commands, figures, gathering
+from cdclean.report import commands, figures, gathering, places
 from cdclean.report.figures import CutOff, Histogram, percent
 from cdclean.report.gathering import ClassTable, Decided, Item, Mask, Names, Rows, Samples, State
 from cdclean.report.rendering import render, visible
@@ -56,32 +56,38 @@ def write(
     *,
     samples_shown: int = SAMPLES_SHOWN,
     attributes: Location | None = None,
+    verdict: Verdict | None = None,
 ) -> Location:
     """Write the report of a complete run as one HTML file, whole or not at all; returns its location.
 
     out: the file; report.html in the run folder without it.
     samples_shown: samples in each gallery, 0 to 500. Numbers are always of all samples.
     attributes: a table for `bias.analyse`, whose result is then part of the page.
+    verdict: what `judge` says of the run, where that is known already.
 
-    The same run gives the same bytes. Raises UsageError for a number out of range, InputError where the run cannot be
-    read, IncompleteError where its scan has not finished and OutputError where the file cannot be written.
+    The same run gives the same bytes. Raises UsageError for a number out of range and for a place in the dataset, or
+    where something else than an earlier page is; InputError where the run cannot be read, IncompleteError where its
+    scan has not finished and OutputError where the file cannot be written.
     """
     if not 0 <= samples_shown <= _MOST_SHOWN:
         raise UsageError(f"samples_shown must be in [0, {_MOST_SHOWN}], not {samples_shown}")
     content = records.load_run(run)
-    page = render(_context(run, content, samples_shown, attributes))
     target = out if out is not None else run / "report.html"
+    if out is not None:
+        places.check(out, content["dataset"])
+    page = render(_context(run, content, samples_shown, attributes, verdict or judge(run)))
     with atomic_write(target) as file:
         file.write(page.encode())
     return target
 
 
-def _context(run: Location, content: dict[str, Any], samples_shown: int, attributes: Location | None) -> dict[str, Any]:
+def _context(
+    run: Location, content: dict[str, Any], samples_shown: int, attributes: Location | None, verdict: Verdict
+) -> dict[str, Any]:
     """The template's variables."""
     summary = records.load_summary(run)
     samples = gathering.read_samples(run, content)
     decided = gathering.read_decisions(run, samples)
-    verdict = judge(run)
     marked = samples.scored & (verdict.suspects if decided is None else ~decided.keep)
     cutoffs = _cutoffs(verdict, decided)
     names = gathering.class_names(content)

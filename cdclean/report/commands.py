@@ -6,12 +6,14 @@ import dataclasses
 import os
 import re
 import shlex
+from collections.abc import Sequence
 from typing import Any
 
 from cdclean.config import DistillConfig, paper
 from cdclean.storage import Location, from_text
 
 _ESCAPES = {"\\": "\\\\", "'": "\\'", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
+_NUMBERED = re.compile(r"(.*?)([0-9]+)([^0-9/]*(?:\.bz2)?)", re.DOTALL)  # a name, and the last number in it
 # Settings of a mask that have no option of their own: only a preset changes them.
 _BY_PRESET = ("betas", "pixel_cost", "smoothness", "grid", "averaged", "colours", "temperature", "relative")
 
@@ -37,7 +39,7 @@ def scan(content: dict[str, Any], run: Location) -> str:
     """The command that makes the run described by `content` (run.json) anew, in the folder `run`."""
     model, asked = content["model"], content["config"].get("model", {})
     taken = content["config"].get("dataset", {})
-    words = ["cdclean", "scan", word(from_text(content["dataset"]["location"]))]
+    words = ["cdclean", "scan", *dataset(content["dataset"])]
     words += ["--model", word(from_text(str(model.get("source") or "MODEL")))]
     size = asked.get("input_size")
     given: dict[str, Any] = {
@@ -59,6 +61,32 @@ def scan(content: dict[str, Any], run: Location) -> str:
     if asked.get("trust_checkpoint"):
         words.append("--trust-checkpoint")
     return " ".join([*words, "--out", place(run)])
+
+
+def dataset(about: dict[str, Any]) -> list[str]:
+    """The words that mean the dataset, and nothing beside it: each tar shard, or braces where they are numbered.
+
+    run.json does not tell whether shards were named one by one or by their folder, which may hold others.
+    """
+    files = about.get("files") or () if about.get("kind") == "webdataset" else ()
+    if not files:
+        return [word(from_text(about["location"]))]
+    braces = _in_braces(files)
+    return [word(from_text(braces))] if braces else [word(from_text(file)) for file in files]
+
+
+def _in_braces(files: Sequence[str]) -> str | None:
+    """`a-{000..123}.tar`, where the names differ in a number alone that grows by one; None where they do not."""
+    first, last = _NUMBERED.fullmatch(files[0]), _NUMBERED.fullmatch(files[-1])
+    if len(files) < 2 or first is None or last is None or any(sign in files[0] for sign in "{}*?[\\"):
+        return None
+    before, number, after = first.groups()
+    begin = int(number)
+    if list(files) != [f"{before}{begin + index:0{len(number)}d}{after}" for index in range(len(files))]:
+        return None
+    if number != str(begin) and len(last[2]) != len(number):
+        return None  # 08, 09, ..., 100: braces would give all of them three digits
+    return f"{before}{{{number}..{last[2]}}}{after}"
 
 
 def without_option(content: dict[str, Any]) -> list[str]:
