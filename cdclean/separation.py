@@ -6,8 +6,9 @@ clustering (Chen et al. 2018, arXiv 1811.03728) and SCAn (Tang et al. 2021, arXi
 classes share the covariance of what varies within any of them, and a class is one normal distribution or two that have
 it; other than there, no trusted images are needed, and a split has to show on images that it was not fitted to.
 
-Masks and margins help to find the two groups. Whether they are two is asked of the embedding alone: the masks of a
-class that the network also sees in an empty picture fall into two by themselves, those that need nothing and the rest.
+Masks and margins count beside the embedding, which by itself may say little of a small class. But it has to say
+something: the masks of a class that the network also sees in an empty picture fall into two by themselves, those that
+need nothing and the rest.
 
 A class of two honest kinds falls apart as well. Masks tell the difference: verdict.py.
 """
@@ -45,8 +46,9 @@ class Split:
     of: int  # class
     rows: Integers  # [m] of the samples of that class
     beyond: Floats  # [m] how far into the group of the smaller masks, in standard deviations within a group; 0: between
-    gain: float  # nats a sample by which two groups explain the embedding better, on samples that were not fitted
+    gain: float  # nats a sample that two groups explain better than one, on samples that were not fitted
     least: float  # the same, less three standard errors: many classes are asked
+    seen: float  # nats a sample by which the same groups explain the embedding alone better than one
 
     @property
     def members(self) -> Integers:
@@ -60,8 +62,8 @@ def separate(
     """The classes that fall apart most, the clearest first; the result does not depend on the samples' order.
 
     embedding: [n, d] what the network makes of each image, finite. classes: [n] predicted class. density: [n] mask
-    densities. margin: [n] largest minus second largest logit. To who belongs where, the logarithms of the last two are
-    dimensions like those of the embedding; and masks say where to begin, and which of two groups is the suspect.
+    densities. margin: [n] largest minus second largest logit. The logarithms of the last two are dimensions like those
+    of the embedding; and masks say where to begin, and which of two groups is the suspect.
     """
     if len(classes) < SMALLEST:
         return []
@@ -179,20 +181,19 @@ def _split(of: int, one: _Class, samples: npt.NDArray[np.float32], white: Floats
     points, masks = one.points @ white, one.density
     features = one.points[:, : len(seen)] @ seen
     fold = np.arange(len(points)) % FOLDS  # in the order of the masks, so that all have large and small ones
-    parts = [
-        _gains(points[rest], masks[rest], features[rest], features[~rest]) for rest in (fold != i for i in range(FOLDS))
-    ]
+    parts = [_gains(points, features, masks, fold != i) for i in range(FOLDS)]
     gains = [part for part in parts if part is not None]
     group = _halves(points, masks)
     if group is None or len(gains) < FOLDS:
         return None
-    each = np.concatenate(gains)
+    each, seen_alone = (np.concatenate(part) for part in zip(*gains, strict=True))
     smaller = group if np.median(masks[group]) < np.median(masks[~group]) else ~group
     axis = _axis(points, smaller)
     cut = _boundary(points @ axis, smaller)
     error = float(each.std() / np.sqrt(len(each)))
     beyond: Floats = samples[one.rows] @ (white @ axis) - cut
-    return Split(of, one.rows, beyond, float(each.mean()), float(each.mean()) - 3 * error)
+    gain = float(each.mean())
+    return Split(of, one.rows, beyond, gain, gain - 3 * error, float(seen_alone.mean()))
 
 
 def _axis(points: Floats, group: Mask) -> Floats:
@@ -203,16 +204,21 @@ def _axis(points: Floats, group: Mask) -> Floats:
     return axis
 
 
-def _gains(points: Floats, density: Floats, features: Floats, others: Floats) -> Floats | None:
-    """How much better two normal distributions say where each of `others` lies than one does, in nats.
-
-    Both are fitted to `features`, the embedding, along the line through the centres of the two groups of `points`.
-    """
-    group = _halves(points, density)
+def _gains(points: Floats, features: Floats, density: Floats, fitted: Mask) -> tuple[Floats, Floats] | None:
+    """How much two groups, found among the `fitted`, explain of each of the others: of all numbers, of `features`."""
+    group = _halves(points[fitted], density[fitted])
     if group is None:
         return None
-    axis = _axis(features, group)
-    along, tried = (features @ axis)[:, None], (others @ axis)[:, None]
+    return _gain(points[fitted], group, points[~fitted]), _gain(features[fitted], group, features[~fitted])
+
+
+def _gain(points: Floats, group: Mask, others: Floats) -> Floats:
+    """How much better two normal distributions say where each of `others` lies than one does, in nats.
+
+    Both are fitted to `points`, along the line through the centres of the two groups.
+    """
+    axis = _axis(points, group)
+    along, tried = (points @ axis)[:, None], (others @ axis)[:, None]
     gains: Floats = _mixture(along, group).score_samples(tried) - _mixture(along, None).score_samples(tried)
     return gains
 

@@ -48,6 +48,9 @@ GROUP = 8  # samples in a group, at least
 # With embeddings: nats a sample by which two groups explain a class better than one, less three standard errors ...
 APART = 0.1
 DOUBTFULLY_APART = 0.05  # ... and of a class that is called unclear
+SEEN = (
+    0.05  # the same of the embedding alone: of attacks .09 and more, of classes seen in an empty picture .02 and less
+)
 # The share of all other masks that are larger than one of the group, on average, less two standard errors.
 SMALLER = 0.85
 DOUBTFULLY_SMALLER = 0.65
@@ -162,9 +165,9 @@ def decide(
 
     evidence: `samples` and `classes` that were compared; of the most suspicious group, if any: `group` (its size) and
     `of_class` (its share of its class). With embeddings `apart` (nats a sample by which two groups explain the class
-    better than one) and `smaller` (the share of all other masks that are larger than one of the group); else
-    `beyond` (the share of it that is more suspicious than 99 % of the other classes' samples) and `rest_beyond` (the
-    same of the rest of its class).
+    better than one), `seen` (the same of the embedding alone) and `smaller` (the share of all other masks that are
+    larger than one of the group); else `beyond` (the share of it that is more suspicious than 99 % of the samples of
+    other classes) and `rest_beyond` (the same of the rest of its class).
     """
     count = len(density)
     if classes is None:
@@ -172,7 +175,7 @@ def decide(
     present = len(np.unique(classes))
     evidence: dict[str, float] = {"samples": count, "classes": present}
     if count < ENOUGH:
-        return _unclear(count, f"{count} scores are too few to compare", evidence)
+        return _unclear(count, f"{count} scores are too few to compare: it takes {ENOUGH}", evidence)
     if present < 2:
         return _unclear(count, "all samples are of one class, so that there is nothing to compare it with", evidence)
     if embedding is not None:
@@ -207,11 +210,12 @@ def _by_features(
     groups = [group for group in groups if len(group.split.members) >= GROUP]
     if not groups:
         return _clean(count, evidence)
-    found = [each for each in groups if each.split.least >= APART and each.least >= SMALLER]
-    doubtful = [each for each in groups if each.split.least >= DOUBTFULLY_APART and each.least >= DOUBTFULLY_SMALLER]
+    seen = [each for each in groups if each.split.seen >= SEEN]
+    found = [each for each in seen if each.split.least >= APART and each.least >= SMALLER]
+    doubtful = [each for each in seen if each.split.least >= DOUBTFULLY_APART and each.least >= DOUBTFULLY_SMALLER]
     first = (found or doubtful or groups)[0]
     evidence |= {"group": len(first.split.members), "of_class": len(first.split.members) / len(first.split.rows)}
-    evidence |= {"apart": first.split.gain, "smaller": first.smaller}
+    evidence |= {"apart": first.split.gain, "seen": first.split.seen, "smaller": first.smaller}
     if found:
         beyond = np.full(int(back.max()) + 2, np.nan)  # the last one for those that are none
         for group in found:

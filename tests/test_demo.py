@@ -12,6 +12,7 @@ from PIL import Image
 from cdclean.demo import PATCH, POISON_RATE, SIZE, TARGET, add_patch, make_dataset, run
 from cdclean.errors import UsageError
 from cdclean.evaluation import evaluate
+from cdclean.verdict import judge
 
 
 def test_the_dataset_is_what_its_truth_says(tmp_path: Path) -> None:
@@ -60,6 +61,7 @@ def test_most_of_what_was_planted_is_found_and_removed(tmp_path: Path) -> None:
     assert (result.images, result.planted, result.dropped) == (1797, 90, 89)
     assert result.auroc == evaluate(result.run, tmp_path / "demo" / "truth.csv").auroc
     assert result.auroc > 0.95
+    assert judge(result.run).outcome == "backdoor"
     assert result.found > 45
     assert sum(1 for _ in result.clean_copy.rglob("*.png")) == 1797 - 89
     assert run(tmp_path / "demo") == result  # nothing is done twice

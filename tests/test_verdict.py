@@ -187,6 +187,16 @@ def test_masks_that_are_all_empty_say_nothing() -> None:
     assert "all but 0 masks are empty" in verdict.sentence
 
 
+def test_small_masks_count_where_the_embedding_says_a_little() -> None:
+    random = np.random.default_rng(0)
+    scores = joined(bulk(random, [200] * 5), planted(random, 80, 0))
+    outcomes = {}
+    for by in (0.0, 4.0):
+        verdict = decide(*scores, (), seen(random, scores, np.arange(1000, 1080), by=by))
+        outcomes[by] = verdict.outcome, verdict.evidence["seen"] >= 0.05
+    assert outcomes == {0.0: ("clean", False), 4.0: ("backdoor", True)}
+
+
 def test_masks_that_are_only_somewhat_smaller_leave_it_unclear() -> None:
     random = np.random.default_rng(0)
     density, classes, margin = bulk(random, [200] * 5)
@@ -260,7 +270,7 @@ def test_a_few_scores_say_nothing(count: int) -> None:
     density, classes, margin = bulk(np.random.default_rng(0), [50, 50])
     verdict = decide(density[:count], classes[:count], margin[:count])
     assert verdict.outcome == "unclear"
-    assert verdict.sentence == f"Unclear: {count} scores are too few to compare"
+    assert verdict.sentence == f"Unclear: {count} scores are too few to compare: it takes 100"
 
 
 def test_what_cannot_be_compared_is_unclear() -> None:

@@ -34,7 +34,8 @@ _EVIDENCE = {  # of verdict.decide
     "group": "samples in the most suspicious group",
     "of_class": "its share of its class",
     "apart": "nats a sample that two groups explain the class better than one",
-    "smaller": "share of the other classes’ masks that are larger than the group’s",
+    "seen": "the same of what the network sees alone, without masks",
+    "smaller": "share of all other masks that are larger than the group’s",
     "beyond": "share of the group that is more suspicious than 99 % of the other classes",
     "rest_beyond": "the same of the rest of its class",
 }
