@@ -28,27 +28,28 @@ from cdclean.storage import Location
 if TYPE_CHECKING:
     from cdclean.models import Classifier
 
+    Loaded = tuple[Classifier, DistillConfig, str]  # the model, all settings of a mask, the first device
+
 
 def make(
     run: Location,
     settings: ScanConfig,
+    asked: dict[str, Any],
     dataset: datasets.Dataset,
     console: Console,
-    before_loading: Callable[[], object],
+    load: Callable[[], Loaded],
 ) -> dict[str, Any]:
     """run.json, new or as it was: what there is to score, and how. The caller holds the lock.
 
-    `before_loading` is called when the model has to be loaded, and whatever is refused sooner has been.
+    `asked_for` gives `asked`. `load` is called where a run begins, and whatever is refused sooner has been.
     """
     busy = [path.name for path in run.glob(".lock-*") if locks.is_locked(run, path.name)]
     if busy and settings.shard is None:
         raise LockedError(
             f"shards of {storage.to_text(run)} are being scored: {', '.join(busy)}", hint="Wait for them."
         )
-    asked = _asked(settings, dataset)
     if settings.overwrite or not (run / "run.json").exists():
-        before_loading()
-        return _begin(run, settings, asked, dataset, console)
+        return _begin(run, settings, asked, dataset, console, load)
     content = _resume(run, settings, asked, dataset, console)
     if not busy:
         storage.remove_temporaries(run, run / "records")
@@ -59,9 +60,7 @@ def run_folder(settings: ScanConfig, dataset: datasets.Dataset) -> Location:
     """Where the run goes. Raises UsageError if that lies inside the dataset, or holds something else."""
     name = f"{storage.from_text(dataset.name)}{records.RUN_SUFFIX}"
     run = storage.locate(settings.out) if settings.out else Path(name)
-    # Shards that were named one by one have a folder in common that is not theirs alone.
-    whole = any(storage.is_within(dataset.root, storage.locate(given)) for given in settings.locations)
-    if whole and storage.is_within(run, dataset.root):
+    if any(storage.is_within(run, storage.locate(given)) for given in settings.locations):
         raise UsageError(
             f"the run folder {storage.to_text(run)} would lie inside the dataset, which is never written to",
             hint="Go to another folder, or name one outside with --out RUN.cdclean.",
@@ -101,8 +100,8 @@ def _clear(run: Location) -> None:
         part.unlink()
 
 
-def _asked(settings: ScanConfig, dataset: datasets.Dataset) -> dict[str, Any]:
-    """The settings that a score depends on, as asked for, and what they were asked of."""
+def asked_for(settings: ScanConfig, dataset: datasets.Dataset) -> dict[str, Any]:
+    """The settings that a score depends on, and what they are asked of. Raises ModelError where there is no model."""
     model = config.to_dict(settings.model) | {"weights": identity(settings.model)}
     del model["source"]  # the same weights at another path are the same
     return {
@@ -116,13 +115,18 @@ def _asked(settings: ScanConfig, dataset: datasets.Dataset) -> dict[str, Any]:
 
 
 def _begin(
-    run: Location, settings: ScanConfig, asked: dict[str, Any], dataset: datasets.Dataset, console: Console
+    run: Location,
+    settings: ScanConfig,
+    asked: dict[str, Any],
+    dataset: datasets.Dataset,
+    console: Console,
+    load: Callable[[], Loaded],
 ) -> dict[str, Any]:
     """Load the model, list the samples, and write run.json last: with it the run has begun.
 
     An earlier run in the folder is forgotten only when the model has been loaded, and a sample been found.
     """
-    classifier, distill, device = resolve(settings)
+    classifier, distill, device = load()
     kind = device.split(":")[0]
     size = settings.chunk_size or config.chunk_size(classifier.geometry, kind)
     found = admitted(dataset, settings.intake)
@@ -168,14 +172,7 @@ def _begin(
     return content
 
 
-def try_model(settings: ScanConfig, before_loading: Callable[[], object]) -> None:
-    """Load the model, which this process keeps. Raises whatever is wrong with it."""
-    identity(settings.model)
-    before_loading()
-    resolve(replace(settings, batch_size_auto=False))
-
-
-def resolve(settings: ScanConfig) -> tuple[Classifier, DistillConfig, str]:
+def resolve(settings: ScanConfig) -> Loaded:
     """Load the model and settle whatever was left to be found out: device, precision, head, layer, batch size."""
     import torch
 
@@ -272,7 +269,7 @@ def _extend(
 ) -> dict[str, Any]:
     """Take in what is new or changed in the dataset; the same command does it again after a kill."""
     about = content["dataset"]
-    content["config"]["dataset"] = _asked(settings, dataset)["dataset"]
+    content["config"]["dataset"] = asked_for(settings, dataset)["dataset"]
     moved = about["location"] != dataset.location
     if moved:
         console.warn(f"the dataset of this run was {about['location']}, and is {dataset.location} from now on")

@@ -86,6 +86,14 @@ def chunk_of(part: Location) -> int:
     return int(part.name.removeprefix("part-").removesuffix(".parquet"))
 
 
+def owns_folder(dataset: dict[str, Any]) -> bool:
+    """Whether a dataset, as run.json describes it, is all that its location holds.
+
+    Shards that were named one by one are not: they have a folder in common with whatever else lies there.
+    """
+    return bool(dataset["kind"] != "webdataset" or dataset["name"] == dataset["location"].rpartition("/")[2])
+
+
 def load_summary(run: Location) -> dict[str, Any]:
     """summary.json of a complete run (schema.SUMMARY). Raises InputError where it cannot be read."""
     try:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,13 +48,15 @@ def scan(settings: ScanConfig, console: Console | None = None) -> Location:
     run = plan.run_folder(settings, dataset)
     metrics = Metrics(Path(settings.metrics_file) if settings.metrics_file else None, storage.to_text(run))
     with _reported(metrics), ExitStack() as stack:
+        asked = plan.asked_for(settings, dataset)
         ahead = _Ahead(settings, dataset, stack)
+        load = cache(ahead.load)
         if settings.shard is None and not run.exists():  # a model that is refused leaves no empty folder behind
-            plan.try_model(settings, ahead.start)
+            load()
         _make_folder(run)
         # The shards of a run wait for each other here: the first one lists the samples, the last one sums up.
         with locks.lock(run, wait=math.inf if settings.shard else settings.wait):
-            content = plan.make(run, settings, dataset, console, ahead.start)
+            content = plan.make(run, settings, asked, dataset, console, load)
             metrics.samples = content["dataset"]["samples"]
             if settings.shard is None:
                 if _is_done(run):
@@ -103,8 +106,12 @@ class _Ahead:
     devices: list[str] = field(default_factory=list)  # resolved once: processes change what memory is free
     spares: list[Spare] = field(default_factory=list)
 
-    def start(self) -> None:
-        if self.devices or self.settings.engine not in ("auto", "local") or not self._is_large():
+    def load(self) -> plan.Loaded:
+        self._start()
+        return plan.resolve(self.settings)
+
+    def _start(self) -> None:
+        if self.settings.engine not in ("auto", "local") or not self._is_large():
             return
         from cdclean.devices import cores, resolve_devices
 

@@ -48,9 +48,8 @@ GROUP = 8  # samples in a group, at least
 # With embeddings: nats a sample by which two groups explain a class better than one, less three standard errors ...
 APART = 0.1
 DOUBTFULLY_APART = 0.05  # ... and of a class that is called unclear
-SEEN = (
-    0.05  # the same of the embedding alone: of attacks .09 and more, of classes seen in an empty picture .02 and less
-)
+# Nats of the embedding alone: attacks had .09 and more, classes that are seen in an empty picture .02 and less.
+SEEN = 0.05
 # The share of all other masks that are larger than one of the group, on average, less two standard errors.
 SMALLER = 0.85
 DOUBTFULLY_SMALLER = 0.65

@@ -78,7 +78,7 @@ ROOMS: dict[str, set[str]] = {
     "selection": {"config", "errors", "keylists", "records", "schema", "storage", "verdict"},
     "exporting": {"datasets", "errors", "locks", "records", "schema", "storage"},
     "evaluation": {"errors", "records", "storage"},
-    "bias": {"errors", "records", "storage"},
+    "bias": {"console", "errors", "records", "storage"},
     "report": {"bias", "config", "errors", "records", "storage", "summary", "verdict"},
     # the surface
     "show": {"checkpoints", "chunk", "config", "datasets", "devices", "errors", "images", "manifest", "models"}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from textwrap import wrap
 from typing import TYPE_CHECKING
 
+from cdclean.console import printable
+
 if TYPE_CHECKING:
     from cdclean.bias import Bias
 
@@ -72,8 +74,8 @@ def table(bias: Bias, limit: int = 20, *, caveat: bool = True) -> str:
 
 
 def _printable(text: str) -> str:
-    """At most 40 characters, none of which moves a terminal's cursor: values come from files."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    """At most 40 characters on a line: values come from files."""
+    shown = printable(text)
     return shown if len(shown) <= 40 else f"{shown[:37]}..."
 
 

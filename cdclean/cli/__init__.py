@@ -36,7 +36,7 @@ def main() -> NoReturn:
         _leave(1)
     except OSError as error:
         if error.filename is None:
-            raise  # nobody could do anything about it
+            raise  # no place to look at: a bug, as far as anybody can tell
         from cdclean.storage import to_text
 
         what = f"{to_text(error.filename)}: {error.strerror}"

@@ -31,7 +31,7 @@ from cdclean.errors import DatasetError, UsageError
 from cdclean.exporting import folders, places, plan, writing
 from cdclean.exporting.filled import Filled
 from cdclean.exporting.plan import Fate
-from cdclean.records import align, load_run, read_aligned
+from cdclean.records import align, load_run, owns_folder, read_aligned
 from cdclean.storage import Location, answering, from_text, is_local, locate, to_text
 
 Mode = Literal["copy", "hardlink", "symlink", "list"]
@@ -198,9 +198,7 @@ def _samples(run: Location, decisions: pa.Table, kind: str, mode: Mode) -> pa.Ta
 
 def _closed(about: dict[str, Any], root: Location, samples: pa.Table) -> list[places.Closed]:
     """What of the dataset is never written to: its folder; the folders that hold its files may not be replaced."""
-    # Shards that were named one by one do not own the folder that they have in common, whose name the dataset then has.
-    own = about["kind"] != "webdataset" or about["name"] == about["location"].rpartition("/")[2]
-    closed = [places.Closed(root, "the dataset", inside=own)]
+    closed = [places.Closed(root, "the dataset", inside=owns_folder(about))]
     if about["kind"] != "imagefolder":
         files = about.get("files", ())
         closed += [places.Closed(locate(from_text(file)), "a file of the dataset,", inside=False) for file in files]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cdclean.errors import OutputError, UsageError
+from cdclean.records import owns_folder
 from cdclean.storage import Location, answering, from_text, is_within, locate, to_text
 
 _MARK = b'<meta name="generator" content="cdclean '  # of page.html.j2
@@ -19,9 +20,7 @@ def check(out: Location, about: dict[str, Any]) -> None:
     about: the dataset, as run.json describes it.
     """
     shown, root = to_text(out), locate(from_text(about["location"]))
-    # Shards that were named one by one do not own the folder that they have in common, whose name the dataset then has.
-    own = about["kind"] != "webdataset" or about["name"] == about["location"].rpartition("/")[2]
-    closed = [root] if own else [locate(from_text(file)) for file in about.get("files", ())]
+    closed = [root] if owns_folder(about) else [locate(from_text(file)) for file in about.get("files", ())]
     if any(is_within(out, place) for place in closed):
         raise UsageError(f"{shown} is or lies in the dataset {to_text(root)}, which is never written to", hint=_NEW)
     refuse_taken(out)
