@@ -6,11 +6,9 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import os
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,21 +19,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cdclean import records, schema, storage
+from cdclean import pixels, records, schema, storage
 from cdclean.config import INDEPENDENT, DistillConfig, ModelSpec, Objective, Precision
 from cdclean.datasets import is_there
-from cdclean.datasets.reading import contents
 from cdclean.distillation import Distilled, distill
 from cdclean.engines import Task
-from cdclean.errors import IncompleteError, SampleError, Status
+from cdclean.errors import IncompleteError, Status
 from cdclean.folding import fold
-from cdclean.images import MAX_BYTES, Decoded, decode, make_transform, thumbnail
 from cdclean.manifest import Job, read_chunk
 from cdclean.memory import is_out_of_memory, release, room_on
 from cdclean.models import Classifier, load
 from cdclean.storage import Location
 
-DECODE_THREADS = min(8, os.cpu_count() or 1)
 _TOKENS = 256  # of a transformer whose attention is written out
 _KILLED = "scoring it ended the process that did so, twice; it may be made to crash a decoder or the model"
 
@@ -96,15 +91,23 @@ class ChunkWorker:
         classifier = classifier_on(self.model, self.device, self.distill.precision, self.distill.objective)
         progress(0)
         size = self.distill.batch_size or 1
-        with ThreadPoolExecutor(DECODE_THREADS) as pool:
-            for batch in _micro_batches(samples, rows, wanted, classifier, size, pool, progress):
-                indices, pixels = zip(*batch, strict=True)
+        drawing: deque[Iterator[tuple[int, dict[str, Any]]]] = deque()  # pictures, while the next ones are distilled
+        shown, mean = classifier.geometry, classifier.mean
+        with pixels.decoders() as decoders, pixels.draughtsmen(shown) as draughtsmen:
+            for batch in pixels.micro_batches(samples, rows, wanted, shown, mean, size, decoders, progress):
+                indices, images = zip(*batch, strict=True)
                 done = 0
-                for count, columns in _distil_what_fits(classifier, pixels, self, pool):
-                    for i, found in zip(indices[done : done + count], columns, strict=True):
+                for columns, drawn in _distil_what_fits(classifier, images, self, draughtsmen):
+                    scored = indices[done : done + len(columns)]
+                    for i, found in zip(scored, columns, strict=True):
                         rows[i] |= found
-                    done += count
-                    progress(count)
+                    drawing.append(zip(scored, drawn, strict=False))  # without score no pictures
+                    done += len(columns)
+                    progress(len(columns))
+                    if len(drawing) > 1:
+                        _fill(rows, drawing.popleft())
+            while drawing:
+                _fill(rows, drawing.popleft())
 
     def _require_dataset(self, rows: list[dict[str, Any]]) -> None:
         """A lost disk or network must not pass for a thousand unreadable samples. Raises IncompleteError."""
@@ -148,6 +151,11 @@ def _known(run: Location, chunk: int) -> dict[str, dict[str, Any]]:
     except (OSError, pa.ArrowException):
         return {}  # there is none, or it is damaged
     return {row["key"]: row for row in table.to_pylist()}
+
+
+def _fill(rows: list[dict[str, Any]], columns: Iterable[tuple[int, dict[str, Any]]]) -> None:
+    for index, found in columns:
+        rows[index] |= found
 
 
 def write_part(run: Location, chunk: int, rows: list[dict[str, Any]]) -> None:
@@ -195,110 +203,37 @@ def _write_attention_out(module: nn.Module, size: tuple[int, int]) -> None:
                     block.fused_attn = False  # type: ignore[assignment]
 
 
-# --- read -> decode ---
-
-
-def _micro_batches(
-    samples: list[Job],
-    rows: list[dict[str, Any]],
-    wanted: list[int],
-    classifier: Classifier,
-    size: int,
-    pool: ThreadPoolExecutor,
-    progress: Callable[[int], object],
-) -> Iterator[list[tuple[int, Tensor]]]:
-    """Readable samples as (index, uint8 pixels), `size` at a time; what can be said of each goes into its row.
-
-    All of the chunk is decoded ahead on threads, while the device works: a chunk fits into memory by its size.
-    """
-    geometry = classifier.geometry
-    read = functools.partial(_read, transform=make_transform(geometry, classifier.mean), channels=geometry.channels)
-    batch: list[tuple[int, Tensor]] = []
-    chosen = [samples[index] for index in wanted]
-    for index, (outcome, known) in zip(wanted, pool.map(read, chosen, _contents(chosen)), strict=True):
-        rows[index] |= known
-        if isinstance(outcome, SampleError):
-            rows[index] |= {"status": outcome.status, "error": outcome.reason}
-            progress(1)
-            continue
-        rows[index] |= {"status": Status.OK, "error": None, "width": outcome.width, "height": outcome.height}
-        batch.append((index, outcome.pixels))
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _contents(samples: list[Job]) -> Iterator[Callable[[], bytes]]:
-    """What gives each sample's bytes; those that must not be opened, or are too large to be, are passed over."""
-    found = contents(sample for sample in samples if _refusal(sample) is None)
-    for sample in samples:
-        yield next(found) if _refusal(sample) is None else bytes
-
-
-def _refusal(sample: Job) -> SampleError | None:
-    """Why the sample is not even read."""
-    if sample.problem is not None:
-        return SampleError(Status.UNREADABLE, sample.problem)
-    if sample.size > MAX_BYTES:
-        return SampleError(Status.TOO_LARGE, f"{sample.size} bytes; the limit is {MAX_BYTES}")
-    return None
-
-
-def _read(
-    sample: Job, content: Callable[[], bytes], transform: Any, channels: int
-) -> tuple[Decoded | SampleError, dict[str, Any]]:
-    """One sample's pixels, or why there are none; and its size and hash, where it could be read."""
-    known: dict[str, Any] = {"bytes": sample.size}
-    if refusal := _refusal(sample):
-        return refusal, known
-    try:
-        try:
-            data = content()
-        except OSError as error:
-            raise SampleError(Status.UNREADABLE, f"cannot be read: {error.strerror or error}") from error
-        if len(data) != sample.size:
-            raise SampleError(Status.UNREADABLE, f"{len(data)} bytes, but {sample.size} when it was indexed")
-        known["content_hash"] = hashlib.sha256(data).hexdigest()
-        return decode(data, transform, channels), known
-    except SampleError as error:
-        return error, known
-
-
 # --- distil -> records ---
 
 
 def _distil_what_fits(
     classifier: Classifier,
-    pixels: tuple[Tensor, ...],
+    images: tuple[Tensor, ...],
     worker: ChunkWorker,
     pool: ThreadPoolExecutor,
-) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """Distil one micro-batch, or smaller ones where memory does not suffice: (samples, their columns) for each."""
+) -> Iterator[tuple[list[dict[str, Any]], Iterator[dict[str, Any]]]]:
+    """Distil one micro-batch, or smaller ones where memory does not suffice: the columns of each, and its pictures."""
     room = room_on(worker.device, worker.distill.batch_size or 1)
     start = 0
-    while start < len(pixels):
+    while start < len(images):
         part = slice(start, start + room.size)
         config = replace(worker.distill, batch_size=room.size)
         try:
-            distilled, columns = distil_pixels(classifier, torch.stack(pixels[part]), config, worker.device)
+            distilled, columns = distil_pixels(classifier, torch.stack(images[part]), config, worker.device)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             if room.size == 1:
                 what = str(error).partition("\n")[0]
                 reason = f"one image alone does not fit into the memory of {worker.device}: {what}"
-                yield 1, [{"status": Status.OOM, "error": reason}]
+                yield [{"status": Status.OOM, "error": reason}], iter(())
                 start += 1
             room.shrink()
             release()
             continue
         room.succeed()
-        if worker.thumbnail_size:
-            drawn = pictures(pixels[part], distilled, worker.thumbnail_size, pool)
-            columns = [found | more for found, more in zip(columns, drawn, strict=True)]
-        yield len(columns), columns
+        size = worker.thumbnail_size
+        yield columns, pixels.pictures(images[part], distilled.masks, size, pool) if size else iter(())
         start += len(columns)
 
 
@@ -315,7 +250,7 @@ def distil_pixels(
         torch.set_num_threads(1)
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
     images = (pixels.to(device).to(dtype) / 255).contiguous(memory_format=torch.channels_last)
-    distilled = distill(classifier.module, images, config)
+    distilled = distill(classifier.module, images, config, repetition=classifier.repetition)
     if config.precision in ("bf16", "fp16") and not _finite(distilled).all():
         again = distill(classifier.module, images, replace(config, precision="fp32"))
         distilled = _merge(distilled, again, ~_finite(distilled))
@@ -365,22 +300,3 @@ def _scores(distilled: Distilled, config: DistillConfig, classes: int) -> Iterat
             yield {name: values[row] for name, values in columns.items()}
         else:
             yield {"status": Status.CRASHED, "error": "the model's answer is not a finite number, in fp32 as well"}
-
-
-def pictures(
-    pixels: tuple[Tensor, ...], distilled: Distilled, size: int, pool: ThreadPoolExecutor
-) -> Iterator[dict[str, Any]]:
-    """Image, mask and pattern of every sample of a micro-batch as thumbnails, encoded on threads.
-
-    The threads get finished pictures: an operation of torch on them would take the cores from the model's.
-    """
-    masks = distilled.masks.cpu().nan_to_num()
-    images = torch.stack(pixels)
-    columns = {
-        "thumbnail": images,
-        "mask_thumbnail": (masks * 255).round().to(torch.uint8),
-        "pattern_thumbnail": (images * masks).round().to(torch.uint8),
-    }
-    encoded = [pool.map(functools.partial(thumbnail, size=size), batch) for batch in columns.values()]
-    for each in zip(*encoded, strict=True):
-        yield {name: {"bytes": data, "path": None} for name, data in zip(columns, each, strict=True)}

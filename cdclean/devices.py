@@ -13,6 +13,8 @@ from cdclean.config import ScanConfig
 from cdclean.errors import UsageError
 
 _PROCESS = 2 << 30  # bytes: what a process on a CPU may need, with torch, a model and its micro-batch
+_GPU_SHARE = 16 << 30  # bytes of a GPU's memory, for each process on it
+_SHARERS = 4  # processes on one GPU, at most
 
 
 def resolve_device(name: str) -> str:
@@ -41,7 +43,7 @@ def computes_in_bf16(kind: str) -> bool:
 
 
 def resolve_devices(settings: ScanConfig) -> list[str]:
-    """The device of every process that scores: `workers` of them, on the devices in turn; or one a GPU, one a core."""
+    """The device of every process that scores: `workers` of them, or as many as are of use, on the devices in turn."""
     first, _, more = settings.device.partition(",")
     device = resolve_device(first)
     kind = device.split(":")[0]
@@ -50,8 +52,15 @@ def resolve_devices(settings: ScanConfig) -> list[str]:
         return devices[:1]
     if settings.device in ("auto", "cuda") and kind == "cuda":
         devices = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-    count = settings.workers or (cores() if kind == "cpu" else len(devices))
+    count = settings.workers or (cores() if kind == "cpu" else _sharers(devices) if kind == "cuda" else len(devices))
     return [devices[number % len(devices)] for number in range(count)]
+
+
+def _sharers(devices: list[str]) -> int:
+    """Processes on these GPUs together. One alone cannot decode and draw small images as fast as a large GPU scores."""
+    smallest = min(torch.cuda.mem_get_info(device)[1] for device in devices)
+    each = min(_SHARERS, cores() // len(devices), smallest // _GPU_SHARE)
+    return max(1, each) * len(devices)
 
 
 def cores() -> int:

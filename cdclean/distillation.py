@@ -12,8 +12,8 @@ A backdoored image needs its trigger and nothing else, so its mask is suspicious
 The mask has one value a pixel in the paper, and one a cell of `config.grid` by `config.grid` cells here: so it costs
 the same at every image size, and cannot hide in single pixels as adversarial noise does.
 
-Read on from top to bottom: what comes back, the public function, the loop, the distances, the fills. How a model is
-asked, and what its answer means, stands in answers.py.
+Read on from top to bottom: what comes back, the public function, the loop and its step, the distances, the fills. How
+a model is asked, and what its answer means, stands in answers.py; how a GPU repeats a step, in repetition.py.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from torch.quasirandom import SobolEngine
 
 from cdclean.answers import Answer, embed, find_layer, frozen, linear_inputs, recognise_head
 from cdclean.config import INDEPENDENT, Colours, DistillConfig, Head
+from cdclean.repetition import Repetition, reproducible
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def distill(
     *,
     seeds: Tensor | list[int] | None = None,
     noise: Tensor | None = None,
+    repetition: Repetition | None = None,
 ) -> Distilled:
     """Find the mask of every image.
 
@@ -61,6 +63,8 @@ def distill(
     `images` [B, C, H, W], float32 or float64, in [0, 1], on the model's device; float64 needs a float64 model.
     `seeds` B integers, one an image: the colours of an image depend on its seed alone (default: `config.seed` for all).
     `noise` [B, steps, C] in [0, 1] replaces the drawn colours.
+    `repetition` keeps the step as a CUDA graph from one call to the next, if the model is the same and does not change
+    in between; the results are the same, sooner.
 
     An image's result does not depend on its neighbours: losses are summed, never averaged, and every micro-batch has
     `config.batch_size` images, the last one padded, so that the same kernels run for each.
@@ -80,50 +84,45 @@ def distill(
     if not count:
         return _nothing(images)
     size = config.batch_size or count
-    with frozen(model):
+    with frozen(model), reproducible(images.device):
         if config.objective == "features" and config.layer is None:
             config = replace(config, layer=find_layer(model, images))
         head = recognise_head(model, images[:1].expand(size, -1, -1, -1)) if config.head == "auto" else config.head
         batches = [
-            _optimise(model, _padded(images[i : i + size], size), _padded(noise[i : i + size], size), config, head)
+            _optimise(
+                model, _padded(images[i : i + size], size), _padded(noise[i : i + size], size), config, head, repetition
+            )
             for i in range(0, count, size)
         ]
     return _concatenate(batches, count)
 
 
-def _optimise(model: nn.Module, images: Tensor, noise: Tensor, config: DistillConfig, head: Head) -> Distilled:
+def _optimise(
+    model: nn.Module,
+    images: Tensor,
+    noise: Tensor,
+    config: DistillConfig,
+    head: Head,
+    repetition: Repetition | None,
+) -> Distilled:
     """One micro-batch, `config.steps` steps of Adam on the mask alone."""
     answer = Answer(model, config, head)
     with torch.no_grad(), linear_inputs(model) as entered:
         reference, output = answer(images.clone())  # a clone: the model may work in place
         embedding = None if output is None else embed(entered, output.shape[1])
-    distance = _distance(reference, config, head)
-
-    # A cell of the mask is (tanh(w) + 1) / 2, which stays in [0, 1] whatever the optimiser does. It starts nearly open.
-    height, width = images.shape[2:]
-    rows, columns = (min(config.grid or side, side) for side in (height, width))
-    w = images.new_ones(len(images), 1, rows, columns).requires_grad_()
-    optimiser = torch.optim.Adam([w], lr=config.learning_rate, betas=config.betas)
-    area, pixels = (config.area_cost or 0.0) * _worth(reference, config, head), config.pixel_cost
-    scale = 1024 if config.precision == "fp16" else 1  # keeps small gradients above what fp16 can hold
+    step = Step(answer, images, reference, config, head)
+    if repetition is not None:
+        step = repetition.of(step, (images.shape, images.dtype, config, head))
     late = max(1, round(config.averaged * config.steps))
     divergences, found = [], []
-    for step in range(config.steps):
-        cells = (torch.tanh(w) + 1) / 2
-        mask = _enlarged(cells, height, width)
-        colour = noise[:, step, :, None, None]
-        seen, _ = answer(mask * images + (1 - mask) * colour)
-        divergence = distance(seen)
-        price = area * mask.mean((1, 2, 3)) + pixels * mask.sum((1, 2, 3)) + config.smoothness * total_variation(cells)
-        (gradient,) = torch.autograd.grad(scale * (divergence + price).sum(), w)
-        w.grad = gradient / scale
-        optimiser.step()
-        if step >= config.steps - late:
-            divergences.append(divergence.detach())
-            found.append(torch.tanh(w.detach()))
+    for number in range(config.steps):
+        step(noise[:, number, :, None, None])
+        if number >= config.steps - late:
+            divergences.append(step.divergence.clone())
+            found.append(torch.tanh(step.w.detach()))
 
     # Steps of this size jump around the minimum: the mean of the last masks is steadier than the last one alone.
-    mask = _enlarged((torch.stack(found).mean(0) + 1) / 2, height, width)
+    mask = _enlarged((torch.stack(found).mean(0) + 1) / 2, *images.shape[2:])
     return Distilled(
         masks=mask,
         mask_norm=mask.sum((1, 2, 3)),
@@ -136,6 +135,55 @@ def _optimise(model: nn.Module, images: Tensor, noise: Tensor, config: DistillCo
     )
 
 
+class Step:
+    """One step for one micro-batch, called once for each colour [B, C, 1, 1].
+
+    What it reads and writes stays where it is in memory, so that a GPU can record it once and repeat it.
+    """
+
+    divergence: Tensor  # [B] before the step
+    repeat: Callable[[], None] | None = None  # a recording of `descend`
+
+    def __init__(self, answer: Answer, images: Tensor, reference: Tensor, config: DistillConfig, head: Head) -> None:
+        self.answer, self.config, self.head = answer, config, head
+        self.images, self.reference = images.clone(), reference.clone()  # others may take their places
+        self.colour = images.new_empty(*images.shape[:2], 1, 1)
+        # A cell of the mask is (tanh(w) + 1) / 2: in [0, 1] whatever the optimiser does, and nearly open at first.
+        rows, columns = (min(config.grid or side, side) for side in images.shape[2:])
+        self.w = images.new_ones(len(images), 1, rows, columns).requires_grad_()
+        # On a GPU Adam counts its steps there, as a recording needs it.
+        self.optimiser = torch.optim.Adam([self.w], config.learning_rate, config.betas, capturable=images.is_cuda)
+        self.area = (config.area_cost or 0.0) * _worth(reference, config, head)
+        self.scale = 1024 if config.precision == "fp16" else 1  # keeps small gradients above what fp16 can hold
+
+    def __call__(self, colour: Tensor) -> None:
+        self.colour.copy_(colour)
+        (self.repeat or self.descend)()
+
+    def descend(self) -> None:
+        """A step of Adam on w, with the colour that stands in `self.colour`."""
+        config = self.config
+        cells = (torch.tanh(self.w) + 1) / 2
+        mask = _enlarged(cells, *self.images.shape[2:])
+        seen, _ = self.answer(mask * self.images + (1 - mask) * self.colour)
+        divergence = _distance(seen, self.reference, config, self.head)
+        price = self.area * mask.mean((1, 2, 3)) + config.pixel_cost * mask.sum((1, 2, 3))
+        price = price + config.smoothness * total_variation(cells)
+        (gradient,) = torch.autograd.grad(self.scale * (divergence + price).sum(), self.w)
+        self.w.grad = gradient / self.scale
+        self.optimiser.step()
+        self.divergence = divergence.detach()
+
+    @torch.no_grad()
+    def restart(self, other: Step) -> None:
+        """Take over the images of `other`, which has made no step yet, and begin anew."""
+        self.images.copy_(other.images)
+        self.reference.copy_(other.reference)
+        self.w.fill_(1)
+        for value in self.optimiser.state[self.w].values():
+            value.zero_()
+
+
 def _enlarged(cells: Tensor, height: int, width: int) -> Tensor:
     """Cells [B, 1, rows, columns] as a mask [B, 1, height, width], every pixel with the value of its cell."""
     return cells if cells.shape[2:] == (height, width) else F.interpolate(cells, (height, width), mode="nearest")
@@ -144,26 +192,20 @@ def _enlarged(cells: Tensor, height: int, width: int) -> Tensor:
 # --- Distances: how far the answer to the pattern is from the answer to the image, per image [B] ---
 
 
-def _distance(reference: Tensor, config: DistillConfig, head: Head) -> Callable[[Tensor], Tensor]:
-    """The distance to `reference`, prepared once. Probabilities have become logits here."""
+def _distance(seen: Tensor, reference: Tensor, config: DistillConfig, head: Head) -> Tensor:
+    """How far `seen`, the answer to the patterns, is from `reference`. Probabilities have become logits here."""
     if config.objective != "probabilities":
         # Paper, section 3: mean absolute difference of logits (CD-L) or of a layer's output (CD-F).
         # Divided by the reference's own spread it costs the same for every network, however large its logits.
         apart = tuple(range(1, reference.ndim))
         spread = reference.std(apart, correction=0).clamp_min(1e-6) if config.relative else 1.0
-        return lambda seen: (seen - reference).abs().mean(apart) / spread
+        return (seen - reference).abs().mean(apart) / spread
+    seen, reference = seen / config.temperature, reference / config.temperature
     if head in INDEPENDENT:  # the divergences of the classes add up
-        yes, no = (F.logsigmoid(sign * reference / config.temperature) for sign in (1, -1))
-
-        def bernoulli(seen: Tensor) -> Tensor:
-            seen = seen / config.temperature
-            return (yes.exp() * (yes - F.logsigmoid(seen)) + no.exp() * (no - F.logsigmoid(-seen))).sum(1)
-
-        return bernoulli
-    target = F.log_softmax(reference / config.temperature, 1)
-    return lambda seen: F.kl_div(
-        F.log_softmax(seen / config.temperature, 1), target, reduction="none", log_target=True
-    ).sum(1)
+        yes, no = F.logsigmoid(reference), F.logsigmoid(-reference)
+        return (yes.exp() * (yes - F.logsigmoid(seen)) + no.exp() * (no - F.logsigmoid(-seen))).sum(1)
+    target = F.log_softmax(reference, 1)
+    return F.kl_div(F.log_softmax(seen, 1), target, reduction="none", log_target=True).sum(1)
 
 
 def _worth(reference: Tensor, config: DistillConfig, head: Head) -> float:

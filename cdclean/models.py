@@ -7,7 +7,7 @@ what timm says. It is never guessed: a wrongly normalised image gets a score tha
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from cdclean.checkpoints import Metadata, first_line
 from cdclean.config import Geometry, ModelSpec
 from cdclean.errors import ModelError, UsageError
 from cdclean.networks import Network
+from cdclean.repetition import Repetition
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Classifier:
     class_names: tuple[str, ...] | None  # in the order of the outputs; no before yes
     architecture: str  # timm:NAME, package.module:factory, or the form of a file that brings its own
     weights: str  # as `checkpoints.identity` gives it
+    repetition: Repetition = field(default_factory=Repetition, compare=False)  # of its distillation, on a GPU
 
     def describe(self) -> dict[str, Any]:
         """The model as run.json holds it, in plain JSON types."""

@@ -40,15 +40,17 @@ ROOMS: dict[str, set[str]] = {
     "extension": {"datasets", "manifest", "records", "schema", "storage"},
     # scoring
     "answers": {"config", "errors"},
-    "distillation": {"answers", "config", "errors"},
+    "repetition": set(),
+    "distillation": {"answers", "config", "errors", "repetition"},
     "memory": {"config", "distillation"},
     "folding": {"answers"},
     "images": {"config", "errors"},
     "checkpoints": {"config", "errors", "storage"},
     "networks": {"answers", "checkpoints", "config", "errors", "storage"},
-    "models": {"answers", "checkpoints", "config", "errors", "networks", "storage"},
+    "models": {"answers", "checkpoints", "config", "errors", "networks", "repetition", "storage"},
     "devices": {"config", "errors"},
     "engines": {"config", "errors"},
+    "pixels": {"config", "datasets", "errors", "images", "manifest"},
     "chunk": {
         "config",
         "datasets",
@@ -56,10 +58,10 @@ ROOMS: dict[str, set[str]] = {
         "engines",
         "errors",
         "folding",
-        "images",
         "manifest",
         "memory",
         "models",
+        "pixels",
     }
     | {"records", "schema", "storage"},
     "summary": {"console", "errors", "events", "records", "schema", "storage"},
@@ -110,6 +112,7 @@ PURE = {
     "itertools",
     "math",
     "typing",
+    "warnings",
 }
 # What a room may ask of its process -> the rooms that may.
 ASKING = {
@@ -184,7 +187,7 @@ def test_a_room_imports_only_what_it_may(room: str) -> None:
     assert imports(room)[0] <= ROOMS[room]
 
 
-@pytest.mark.parametrize("room", ["answers", "distillation"])
+@pytest.mark.parametrize("room", ["answers", "distillation", "repetition"])
 def test_the_algorithm_is_torch_and_nothing_else(room: str) -> None:
     assert imports(room)[1] - PURE - {"threading"} == {"torch"}  # hooks on a model have to tell threads apart
 

@@ -17,7 +17,6 @@ import platform
 import statistics
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,9 +29,10 @@ from PIL import Image
 
 import cdclean
 from cdclean import events
-from cdclean.chunk import DECODE_THREADS, classifier_on, distil_pixels, pictures
+from cdclean.chunk import classifier_on, distil_pixels
 from cdclean.config import DistillConfig, ModelSpec, ScanConfig
 from cdclean.images import decode, make_transform
+from cdclean.pixels import decoders, pictures
 from cdclean.run import scan
 
 RESULTS = Path(__file__).parent / "results"
@@ -59,11 +59,11 @@ def bare(data: Path, spec: ModelSpec, config: DistillConfig) -> float:
         hashlib.sha256(content)  # as every record has one
         return decode(content, transform, 3).pixels
 
-    with ThreadPoolExecutor(DECODE_THREADS) as pool:
+    with decoders() as pool:
         for first in range(0, len(paths), BATCH):
             pixels = tuple(pool.map(read, paths[first : first + BATCH]))
             distilled, _ = distil_pixels(classifier, torch.stack(pixels), config, "cpu")
-            list(pictures(pixels, distilled, 96, pool))
+            list(pictures(pixels, distilled.masks, 96, pool))
     return time.perf_counter() - started
 
 

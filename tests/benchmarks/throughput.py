@@ -1,6 +1,7 @@
 """Images a second: a scan against the published loop, on a GPU against its peak, and as the work grows.
 
-`python -m tests.benchmarks.throughput [--quick] [--full] [--device cuda]` writes results/throughput.{json,md}.
+`python -m tests.benchmarks.throughput [--quick] [--full] [--device cuda]` writes results/throughput.{json,md}, and
+results/throughput-gpu.{json,md} on a GPU.
 
 The yardstick is the published method, written out plainly: eager fp32, 100 steps on the L1 distance of the logits, the
 loss averaged over the batch, colours drawn on the host and moved at every step. It decodes the same files and writes
@@ -47,6 +48,7 @@ from cdclean.chunk import classifier_on
 from cdclean.config import DistillConfig, ModelSpec, Precision, Preset, batch_size, preset
 from cdclean.distillation import distill
 from cdclean.models import load
+from cdclean.repetition import Repetition
 from tests.benchmarks.detection import networks
 
 ROOT = Path(__file__).parents[2]
@@ -81,8 +83,8 @@ class Load:
 
 CPU = {RESNET18: Load(64, 40, 64, STEPS, 32), RESNET50: Load(8, 20, 16, STEPS, 8), VIT: Load(8, 8, 16, 12, 8)}
 QUICK = {RESNET18: Load(16, 4, 64, 3, 32), RESNET50: Load(2, 2, 16, 1, 8), VIT: Load(2, 2, 16, 1, 8)}
-GPU = {RESNET18: Load(1024, 100, 8192, STEPS, None), RESNET50: Load(256, 100, 2048, STEPS, None)}
-GPU |= {VIT: Load(256, 100, 2048, STEPS, None)}
+GPU = {RESNET18: Load(512, 100, 16384, STEPS, None), RESNET50: Load(128, 50, 2048, STEPS, None)}
+GPU |= {VIT: Load(64, 40, 2048, STEPS, None)}
 
 
 # --- Data and models ---
@@ -170,22 +172,25 @@ def run_loop(
 def run_device(model: list[Any], device: str) -> Figures:
     """FLOP/s achieved over the measured peak of bf16 matrix products, and the share of time the device has no work.
 
-    A kernel's time is taken from a profiled run, the whole time from one without the profiler.
+    Steps are recorded, as in a scan, but for `plain`. A kernel's time is taken from a profiled run, the whole time from
+    one without the profiler.
     """
     classifier = classifier_on(spec(*model), device, "bf16", "probabilities")
     config, images = _noise(classifier, device, STEPS)
     with FlopCounterMode(display=False) as counter:
         distill(classifier.module, images, config)
 
-    def once() -> float:
+    def once(repetition: Repetition | None = classifier.repetition) -> float:
         torch.cuda.synchronize()
         started = time.perf_counter()
-        distill(classifier.module, images, config)
+        distill(classifier.module, images, config, repetition=repetition)
         torch.cuda.synchronize()
         return time.perf_counter() - started
 
-    once()
-    seconds = statistics.median(once() for _ in range(5))
+    plain = statistics.median(once(None) for _ in range(2))
+    for _ in range(2):
+        once()
+    seconds = statistics.median(once() for _ in range(3))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         once()
     spans = [
@@ -196,6 +201,7 @@ def run_device(model: list[Any], device: str) -> Figures:
     work, peak = counter.get_total_flops(), matmul_peak(device)
     figures = {"images_per_second": len(images) / seconds, "tflops": work / seconds / 1e12}
     figures |= {"peak_tflops": peak / 1e12, "of_peak": work / seconds / peak, "kernels_a_step": len(spans) / STEPS}
+    figures["plain_images_per_second"] = len(images) / plain
     return figures | {"waiting": max(0.0, 1 - covered(spans) / 1e6 / seconds)}
 
 
@@ -325,7 +331,15 @@ def against_the_published(here: Path, device: str, loads: dict[Network, Load], r
 
 def on_the_device(here: Path, device: str, chosen: list[Network]) -> Iterator[Figures]:
     """Distillation alone, of micro-batches as a scan has them."""
-    kept = ("images_per_second", "tflops", "peak_tflops", "of_peak", "waiting", "kernels_a_step")
+    kept = (
+        "images_per_second",
+        "plain_images_per_second",
+        "tflops",
+        "peak_tflops",
+        "of_peak",
+        "waiting",
+        "kernels_a_step",
+    )
     for network in chosen:
         found = child("device", model=make_model(here / "model.pt", network), device=device).figures()
         yield {"network": network.name} | {name: short(found[name]) for name in kept}
@@ -411,6 +425,7 @@ def main() -> None:
         return
     device, cpu, quick = options.device, options.device == "cpu", options.quick
     loads, repeats = QUICK if quick else CPU if cpu else GPU, 1 if quick else options.repeats
+    options.out.mkdir(exist_ok=True)
     about = {"date": datetime.now(UTC).date().isoformat(), "python": platform.python_version()}
     about |= {"torch": torch.__version__, "timm": timm.__version__, "cdclean": cdclean.__version__}
     about["machine"] = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
@@ -420,20 +435,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         here = Path(name)
         parts = {"against_the_published": against_the_published(here, device, loads, repeats)}
-        parts["as_it_grows"] = as_it_grows(here, device, [1000, *[10_000] * (not quick), *[100_000] * options.full])
+        if cpu or options.full:
+            parts["as_it_grows"] = as_it_grows(here, device, [1000, *[10_000] * (not quick), *[100_000] * options.full])
         if cpu:
             some = [RESNET18] if quick else [RESNET18, RESNET50]
             parts["processes_or_threads"] = processes_or_threads(here, some, 2 if quick else 6, repeats)
             parts["attention"] = attention(here, repeats)
         else:
-            parts["on_the_device"] = on_the_device(here, device, list(loads))
+            parts = {"on_the_device": on_the_device(here, device, list(loads))} | parts
         for what, rows in parts.items():
             for row in rows:
                 print(what, row, flush=True)
                 found.setdefault(what, []).append(row)
-    options.out.mkdir(exist_ok=True)
-    (options.out / "throughput.json").write_text(json.dumps(found, indent=2) + "\n")
-    (options.out / "throughput.md").write_text(page(found))
+                name = "throughput" if cpu else "throughput-gpu"
+                (options.out / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
+                (options.out / f"{name}.md").write_text(page(found))
 
 
 if __name__ == "__main__":

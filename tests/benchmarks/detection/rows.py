@@ -229,7 +229,7 @@ class Scanner:
         """Scan `dataset` of the row's folder with `flags` more; the finished run."""
         run = self.folder / f"{name}.cdclean"
         about = data.DATASETS[self.row.dataset]
-        flags = [*flags, "--device", self.device, *(["--engine", "serial"] if self.device == "cpu" else [])]
+        flags = [*flags, "--device", self.device, "--engine", "serial"]  # other rows are at work beside it
         done = command(
             *("scan", str(self.folder / dataset), "--model", str(self.folder / "victim.safetensors")),
             *("--arch", f"tests.benchmarks.detection.networks:{self.row.network}", "--input-size", str(about.size)),

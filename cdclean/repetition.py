@@ -1,0 +1,111 @@
+"""What only a GPU needs: the same numbers every time, and a step that is recorded once and then repeated.
+
+A step is some hundred small kernels, and a fast GPU works them off sooner than Python can launch them. A CUDA graph
+holds them all and is launched at once; the kernels are the same, and so are the numbers.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import Protocol, Self, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.backends import cudnn
+from torch.utils import deterministic
+
+
+class Repeatable(Protocol):
+    """A step that reads and writes the same memory every time; see distillation.Step."""
+
+    colour: Tensor
+    repeat: Callable[[], None] | None  # what to call instead of `descend`
+
+    def descend(self) -> None: ...
+
+    def restart(self, other: Self) -> None: ...
+
+
+StepT = TypeVar("StepT", bound=Repeatable)
+
+
+class Repetition:
+    """Keeps the step of one model from one micro-batch to the next. Does nothing but on CUDA."""
+
+    def __init__(self) -> None:
+        self.like: Hashable = None  # what the step is made for: shape, dtype, settings
+        self.step: object = None
+        self.recorded = False
+        self.refused = False  # this model cannot be recorded
+
+    def of(self, step: StepT, like: Hashable) -> StepT:
+        """`step`, which is new, or the one that is kept for the same `like`, recorded and with the images of `step`.
+
+        The first one for a `like` is made as it comes: whatever CUDA's libraries do once, they do in it.
+        """
+        if self.refused or not step.colour.is_cuda:
+            return step
+        if self.like != like:
+            self.step = None  # let go of its memory first
+            self.like, self.step, self.recorded = like, step, False
+            return step
+        kept = cast(StepT, self.step)
+        if not self.recorded:
+            try:
+                kept.repeat = _record(kept.descend)
+            except RuntimeError as error:
+                self.like = self.step = None
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                self.refused = True
+                reason = str(error).partition("\n")[0]
+                warnings.warn(f"the model's steps cannot be recorded, and take longer: {reason}", stacklevel=2)
+                return step
+            self.recorded = True
+        kept.restart(step)
+        return kept
+
+
+def _record(work: Callable[[], None]) -> Callable[[], None]:
+    """What `work` launches, as one launch. Raises RuntimeError where it waits for the device on its way."""
+    mode = torch.cuda.get_sync_debug_mode()
+    warnings.filterwarnings("ignore", message="Synchronization debug mode")  # that it is a prototype
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        work()  # a rehearsal: a recording that fails leaves torch's memory in disorder
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        # Another thread may be at work on another GPU: it must not break this recording, nor be broken by it.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            work()
+    finally:
+        torch.cuda.set_stream(stream)  # torch 2.11 does not, where a recording fails
+    return graph.replay
+
+
+@contextmanager
+def reproducible(device: torch.device) -> Iterator[None]:
+    """On CUDA, kernels whose sums do not depend on chance, and fp32 that is fp32; then everything as it was.
+
+    An operation that CUDA has no such kernel for warns of it.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    chosen, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    fill = deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    try:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        with cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(chosen, warn_only=warn_only)
+        deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
