@@ -19,6 +19,7 @@ a model is asked, and what its answer means, stands in answers.py; how a GPU rep
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -30,7 +31,7 @@ from torch.quasirandom import SobolEngine
 
 from cdclean.answers import Answer, embed, find_layer, frozen, linear_inputs, recognise_head
 from cdclean.config import INDEPENDENT, Colours, DistillConfig, Head
-from cdclean.repetition import Repetition, reproducible
+from cdclean.repetition import Repetition, is_not_reproducible, reproducible
 
 
 @dataclass(frozen=True)
@@ -84,16 +85,25 @@ def distill(
     if not count:
         return _nothing(images)
     size = config.batch_size or count
-    with frozen(model), reproducible(images.device):
+    with frozen(model):
         if config.objective == "features" and config.layer is None:
             config = replace(config, layer=find_layer(model, images))
         head = recognise_head(model, images[:1].expand(size, -1, -1, -1)) if config.head == "auto" else config.head
-        batches = [
-            _optimise(
-                model, _padded(images[i : i + size], size), _padded(noise[i : i + size], size), config, head, repetition
-            )
-            for i in range(0, count, size)
-        ]
+
+        def optimise() -> list[Distilled]:
+            padded = ((_padded(images[i : i + size], size), _padded(noise[i : i + size], size)) for i in starts)
+            return [_optimise(model, *rows, config, head, repetition) for rows in padded]
+
+        starts = range(0, count, size)
+        try:
+            with reproducible(images.device):
+                batches = optimise()
+        except RuntimeError as error:
+            if not is_not_reproducible(error):
+                raise
+            warnings.warn(f"scores may differ in their last digits from one time to the next: {error}", stacklevel=2)
+            with reproducible(images.device, strict=False):
+                batches = optimise()
     return _concatenate(batches, count)
 
 

@@ -87,25 +87,31 @@ def _record(work: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
+def is_not_reproducible(error: RuntimeError) -> bool:
+    """Whether this is CUDA's word that an operation has no kernel that repeats itself."""
+    return "deterministic" in str(error)
+
+
 @contextmanager
-def reproducible(device: torch.device) -> Iterator[None]:
+def reproducible(device: torch.device, strict: bool = True) -> Iterator[None]:
     """On CUDA, kernels whose sums do not depend on chance, and fp32 that is fp32; then everything as it was.
 
-    An operation that CUDA has no such kernel for warns of it.
+    `strict`: an operation without such a kernel raises RuntimeError, else it warns, and attention may use others too.
     """
     if device.type != "cuda":
         yield
         return
-    chosen, warn_only = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
+    chosen = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    cudnn_attention = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
     try:
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(True, warn_only=not strict)
         deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        torch.backends.cuda.enable_cudnn_sdp(False)  # the others repeat themselves when they are told to
         with cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             yield
     finally:
         torch.use_deterministic_algorithms(chosen, warn_only=warn_only)
         deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+        torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)
