@@ -87,6 +87,7 @@ def select(
     reference: Location | None = None,
     fpr: float | None = None,
     auto: bool = False,
+    group: str | None = None,
     per: Per = "dataset",
     max_drop: float | None = None,
     keep: Location | None = None,
@@ -103,6 +104,8 @@ def select(
     fpr: drop the samples whose norm is below a cut-off that would drop this share, in [0, 1), of the trusted run
         `reference`.
     auto: drop what `verdict.judge` takes for backdoored: nothing, unless its outcome is "backdoor".
+    group: drop one of the two groups that `verdict.judge` sees in a class, without being sure of it: "CLASS/A", that of
+        the smaller masks, or "CLASS/B", the other.
     reference: a complete run over data known to be clean. It has to be scored with the same settings; norms are
         compared as shares of the model's input, so the input sizes may differ.
     per: quantile, or mean and standard deviation of sigma, of the whole dataset, or of each class (the label) or each
@@ -118,7 +121,14 @@ def select(
     GateError, see max_drop; InputError for a run or list that cannot be read and for keys that are not in the run;
     IncompleteError for a run that is not finished.
     """
-    rules = {"quantile": quantile, "threshold": threshold, "sigma": sigma, "fpr": fpr, "auto": auto or None}
+    rules = {
+        "quantile": quantile,
+        "threshold": threshold,
+        "sigma": sigma,
+        "fpr": fpr,
+        "auto": auto or None,
+        "group": group,
+    }
     name = _check({rule: value for rule, value in rules.items() if value is not None}, reference, per, max_drop)
     description = load_run(run)
     by_group = {"dataset": [], "class": ["class_name"], "prediction": ["prediction"]}[per]
@@ -130,6 +140,8 @@ def select(
         ruled = _below(scores, threshold, f"below {threshold:.12g}")
     elif auto:
         ruled = _by_verdict(run, scores, description)
+    elif group is not None:
+        ruled = _by_group(run, scores, group)
     elif reference is not None:
         ruled = _by_reference(scores, description, reference, sigma, fpr)
     else:
@@ -199,7 +211,7 @@ def _check(given: dict[str, Any], reference: Location | None, per: Per, max_drop
     """The name of the only rule in `given`. Raises UsageError."""
     if len(given) != 1:
         what = f"not {' and '.join(given)}" if given else "none was given"
-        raise UsageError(f"give exactly one of quantile, threshold, sigma, fpr and auto: {what}", hint=_EXAMPLE)
+        raise UsageError(f"give exactly one of quantile, threshold, sigma, fpr, auto and group: {what}", hint=_EXAMPLE)
     ((name, value),) = given.items()
     if name == "quantile" and not 0 <= value <= 1:
         raise UsageError(f"quantile must be in [0, 1], not {value}", hint="0.1 drops a tenth of the scored samples.")
@@ -323,6 +335,30 @@ def _by_verdict(run: Location, scores: _Scores, description: dict[str, Any]) -> 
     cutoffs = {name: density * _pixels(description) for name, density in judged.cutoffs.items()}
     words = "one of a group that looks like a backdoor"
     return _Ruled(judged.suspects & scores.scored, words, cutoffs=cutoffs, verdict=judged)
+
+
+def _by_group(run: Location, scores: _Scores, group: str) -> _Ruled:
+    judged = verdict.judge(run)
+    known = (
+        {each.name: each.index for each in (*judged.classes, *judged.undecided)} if judged.beyond is not None else {}
+    )
+    name, _, side = group.rpartition("/")
+    if name not in known or side not in ("A", "B"):
+        there = ", ".join(f"{each}/A, {each}/B" for each in known)
+        raise UsageError(
+            f"{to_text(run)} has no group {group!r}",
+            hint=f"It has {there}." if there else "To the network no class of it is two groups.",
+        )
+    assert judged.beyond is not None
+    inside = np.isfinite(judged.beyond) & (_classes(run) == known[name])
+    dropped = scores.scored & inside & ((judged.beyond > 0) == (side == "A"))
+    return _Ruled(dropped, f"in group {side} of class {name}")
+
+
+def _classes(run: Location) -> npt.NDArray[np.float64]:
+    """[n] the predicted class; nan where there is none."""
+    predictions: npt.NDArray[np.float64] = read_aligned(run, ["prediction"])["prediction"].to_numpy().astype(np.float64)
+    return predictions
 
 
 def _grouped(scores: _Scores, dropped: Mask, words: str, per: Per) -> _Ruled:

@@ -57,11 +57,11 @@ DOUBTFULLY_SMALLER = 0.65
 
 @dataclass(frozen=True)
 class Gathering:
-    """A class in which suspects gather."""
+    """A class in which suspects gather, or what would be."""
 
     index: int  # the model's class, or the dataset's where there are no predictions
     name: str
-    count: int  # suspects predicted as this class
+    count: int  # of them, predicted as this class
     share: float  # of all samples predicted as this class, in [0, 1]
 
 
@@ -76,10 +76,12 @@ class Verdict:
     classes: tuple[Gathering, ...]  # where the suspects gather, most of them first
     evidence: dict[str, float]  # the numbers behind it, see `decide`
     cutoffs: dict[str, float] = field(default_factory=dict)  # class -> largest mask density among its suspects
-    # [n] how far each sample of the suspects' classes is from the boundary between their two groups, in standard
-    # deviations within a group, positive for suspects; nan for samples of other classes, and where the mask is empty.
-    # None where no group was found by what the network sees.
+    # [n] how far each sample of a class in two groups is from the boundary between them, in standard deviations within
+    # a group, positive for the group of the smaller masks; nan for samples of other classes, and where the mask is
+    # empty. None where no group was found by what the network sees.
     beyond: Floats | None = None
+    # Classes in two groups of which neither is clearly a backdoor: what is said is of the group of the smaller masks.
+    undecided: tuple[Gathering, ...] = ()
 
 
 def judge(run: Location) -> Verdict:
@@ -215,17 +217,18 @@ def _by_features(
     first = (found or doubtful or groups)[0]
     evidence |= {"group": len(first.split.members), "of_class": len(first.split.members) / len(first.split.rows)}
     evidence |= {"apart": first.split.gain, "seen": first.split.seen, "smaller": first.smaller}
+    if not (found or doubtful):
+        return _clean(count, evidence)
+    placed = np.full(int(back.max()) + 2, np.nan)  # the last one for those that are none
+    for group in found or doubtful:
+        placed[group.split.rows] = group.split.beyond
+    beyond = placed[back]
+    members = {each.split.of: np.flatnonzero((beyond > 0) & (classes == each.split.of)) for each in found or doubtful}
     if found:
-        beyond = np.full(int(back.max()) + 2, np.nan)  # the last one for those that are none
-        for group in found:
-            beyond[group.split.rows] = group.split.beyond
-        beyond = beyond[back]
-        members = {group.split.of: np.flatnonzero((beyond > 0) & (classes == group.split.of)) for group in found}
         return replace(_backdoor(members, density, classes, names, evidence), beyond=beyond)
-    if doubtful:
-        size, name = len(first.split.members), class_name(first.split.of, names)
-        return _unclear(count, f"{size} samples of class {name} stand apart, but not clearly enough", evidence)
-    return _clean(count, evidence)
+    groups_of = tuple(_gathering(of, rows, classes, names) for of, rows in members.items())
+    why = f"{groups_of[0].count} samples of class {groups_of[0].name} stand apart, but not clearly enough"
+    return replace(_unclear(count, why, evidence), beyond=beyond, undecided=groups_of)
 
 
 class _Group(NamedTuple):
@@ -287,14 +290,17 @@ def _backdoor(
     gatherings, cutoffs = [], {}
     for of, members in found.items():
         suspects[members] = True
-        name = class_name(of, names)
-        gatherings.append(Gathering(of, name, len(members), len(members) / int((classes == of).sum())))
-        cutoffs[name] = float(density[members].max())
+        gatherings.append(_gathering(of, members, classes, names))
+        cutoffs[gatherings[-1].name] = float(density[members].max())
     gatherings.sort(key=lambda each: (-each.count, each.index))
     total = int(suspects.sum())
     where = ", ".join(f"{each.share:.1%} of class {each.name}".replace("%", " %") for each in gatherings)
     sentence = f"{total} samples, {where}, look like a backdoor"
     return Verdict("backdoor", sentence, suspects, max(cutoffs.values()), tuple(gatherings), evidence, cutoffs)
+
+
+def _gathering(of: int, members: Integers, classes: Integers, names: Sequence[str]) -> Gathering:
+    return Gathering(of, class_name(of, names), len(members), len(members) / int((classes == of).sum()))
 
 
 def class_name(value: int | str, names: Sequence[str]) -> str:

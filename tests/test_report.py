@@ -101,11 +101,14 @@ def backdoored_run(folder: Path, poisoned: int = 40, clean: int = 360) -> Path:
     return dress(run, {"prediction": predictions, "margin": margins, "confidence": confidences})
 
 
-def grouped_run(folder: Path) -> Path:
-    """The same, with embeddings: the poisoned samples are seen apart, and their masks are not the smallest of all."""
+def grouped_run(folder: Path, masks: tuple[float, float] = (3, 12)) -> Path:
+    """The same, with embeddings: the poisoned samples are seen apart, and their masks are not the smallest of all.
+
+    With `masks` (10, 35) they are only somewhat smaller than most.
+    """
     run, random = backdoored_run(folder), np.random.default_rng(0)
     keys = [key for key in load_keys(run) if "broken" not in key]
-    poisoned = {key: float(random.uniform(3, 12)) for key in keys if key.startswith("a/p")}
+    poisoned = {key: float(random.uniform(*masks)) for key in keys if key.startswith("a/p")}
     vectors = {key: (random.normal(0, 1, 6) + 10 * (key in poisoned)).tolist() for key in keys}
     norms = {key: poisoned.get(key, float(random.uniform(10, 60))) for key in keys}
     return dress(run, {"embedding": vectors, "mask_norm": norms})

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
-from cdclean.report import figures, gathering, write
+from cdclean.cli import app
+from cdclean.errors import GateError, UsageError
+from cdclean.report import commands, figures, gathering, write
 from cdclean.selection import select, write_decisions
 from cdclean.verdict import judge
 from tests.test_report import Page, backdoored_run, grouped_run, load_keys, page_of, words_of
@@ -55,6 +58,65 @@ def test_what_was_decided_by_auto_has_no_cut_off_either(run: Path) -> None:
     assert "cut-off" not in text
     write_decisions(run, select(run, quantile=0.1))
     assert "decided cut-off" in words_of(page_of(run))
+
+
+def test_where_masks_do_not_tell_both_groups_are_shown(tmp_path: Path) -> None:
+    run = grouped_run(tmp_path, masks=(10, 35))
+    verdict = judge(run)
+    assert (verdict.outcome, verdict.suspects.any(), verdict.classes) == ("unclear", False, ())
+    assert [(each.name, each.count) for each in verdict.undecided] == [("a", 40)]
+    page = page_of(run, samples_shown=30)
+    text = words_of(page)
+    assert "40 of the 160 images that are predicted as it are in group A." in text
+    assert len(shown(page, "group-a")) == len(shown(page, "group-b")) == 30
+    assert all(key.startswith("a/p") for key in shown(page, "group-a"))
+    assert all(key.startswith("a/") and not key.startswith("a/p") for key in shown(page, "group-b"))
+    assert not shown(page, "suspects")
+    for side in "AB":
+        assert f"--group=a/{side}" in text
+
+
+def test_either_group_can_be_dropped(tmp_path: Path) -> None:
+    run = grouped_run(tmp_path, masks=(10, 35))
+    keys = load_keys(run)
+    for side, of in (("A", True), ("B", False)):
+        chosen = select(run, group=f"a/{side}", max_drop=1.0)
+        gone = {key for key, keep in zip(keys, chosen.decisions["keep"].to_pylist(), strict=True) if not keep}
+        assert {key for key in gone if "broken" not in key} == {
+            key for key in keys if key.startswith("a/") and key.startswith("a/p") == of and "broken" not in key
+        }
+        assert chosen.rule == f"in group {side} of class a"
+        assert chosen.kept + chosen.dropped + chosen.unreadable == chosen.samples
+    with pytest.raises(GateError, match="120 of 400"):
+        select(run, group="a/B", max_drop=0.29)
+    for group in ("a/C", "b/A", "a", "", "/A"):
+        with pytest.raises(UsageError, match="has no group") as refused:
+            select(run, group=group)
+        assert refused.value.hint == "It has a/A, a/B."
+
+
+def test_the_groups_of_a_clear_verdict_can_be_named_too(run: Path) -> None:
+    assert select(run, group="a/A").decisions["keep"].equals(select(run, auto=True).decisions["keep"])
+
+
+def test_a_run_without_groups_has_none_to_name(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="has no group") as refused:
+        select(backdoored_run(tmp_path), group="a/A")
+    assert refused.value.hint == "To the network no class of it is two groups."
+
+
+def test_auto_says_how_to_drop_either(tmp_path: Path) -> None:
+    run = grouped_run(tmp_path, masks=(10, 35))
+    done = CliRunner().invoke(app, ["filter", str(run), "--auto", "--dry-run"])
+    assert isinstance(done.exception, GateError)
+    assert "--group=a/A drops these samples, --group=a/B the rest of their class" in str(done.exception.hint)
+
+
+@pytest.mark.parametrize(
+    ("name", "word"), [("sea bird", "'sea bird/A'"), ("-x", "-x/A"), ("a'b", "'a'\"'\"'b/A'"), ("a\nb", "$'a\\nb/A'")]
+)
+def test_a_group_is_one_word_for_a_shell(name: str, word: str) -> None:
+    assert commands.group(name, "A") == f"--group={word}"
 
 
 def test_a_run_without_embeddings_has_no_groups(tmp_path: Path) -> None:

@@ -52,6 +52,12 @@ def filter_(
             "--auto", help="Drop what looks like a backdoor: nothing, if nothing does.", rich_help_panel=_RULE
         ),
     ] = False,
+    group: Annotated[
+        str | None,
+        typer.Option(
+            help="Drop group A or B of a class that --auto is unclear about.", metavar="CLASS/A", rich_help_panel=_RULE
+        ),
+    ] = None,
     reference: Annotated[
         str | None,
         typer.Option(help="Run over trusted data, for --fpr and --sigma.", metavar="RUN", rich_help_panel=_RULE),
@@ -112,7 +118,7 @@ def filter_(
     from cdclean.exporting import export
     from cdclean.exporting.places import is_taken
 
-    if quantile is threshold is sigma is fpr is None and not auto:
+    if quantile is threshold is sigma is fpr is None and group is None and not auto:
         raise UsageError("filter needs a rule", hint="For example: cdclean filter --auto, or --quantile 0.1")
     folder = chosen_run(run, console)
     chosen = selection.select(
@@ -122,6 +128,7 @@ def filter_(
         sigma=sigma,
         fpr=fpr,
         auto=auto,
+        group=group,
         reference=_place(reference),
         per=per,
         max_drop=max_drop,
@@ -132,7 +139,7 @@ def filter_(
     if chosen.verdict is not None and chosen.verdict.outcome == "unclear":
         raise GateError(
             f"{chosen.verdict.sentence}, so nothing was written",
-            hint="Look at it with cdclean report, then filter by another rule.",
+            hint="Look at it with cdclean report, then filter by another rule" + _by_groups(chosen.verdict),
         )
     content = records.load_run(folder)
     name = storage.from_text(content["dataset"]["name"])
@@ -175,6 +182,15 @@ def _place(text: str | None) -> Any:
     return None if text is None else locate(text)
 
 
+def _by_groups(verdict: Verdict) -> str:
+    from cdclean.report import commands
+
+    for each in verdict.undecided:
+        a, b = (commands.group(each.name, side) for side in "AB")
+        return f": {a} drops these samples, {b} the rest of their class."
+    return "."
+
+
 def _told(verdict: Verdict) -> dict[str, Any]:
     return {"outcome": verdict.outcome, "sentence": verdict.sentence, "evidence": verdict.evidence}
 
@@ -182,7 +198,8 @@ def _told(verdict: Verdict) -> dict[str, Any]:
 def _say_filtered(chosen: Selection, exported: Exported, dry_run: bool, console: Console) -> None:
     would = "would be " if dry_run else ""
     cutoff = "" if chosen.cutoff is None else f" (up to {chosen.cutoff:.1f} px)"
-    rule = chosen.verdict.sentence if chosen.verdict else f"mask norm {chosen.rule}{cutoff}"
+    of = "" if chosen.rule.startswith("in group ") else "mask norm "
+    rule = chosen.verdict.sentence if chosen.verdict else f"{of}{chosen.rule}{cutoff}"
     others = f", with {exported.sidecars} other files" if exported.sidecars else ""
     console.say(
         f"{chosen.dropped} of {chosen.samples} samples {would}dropped: {rule}; "

@@ -151,7 +151,9 @@ def _galleries(samples: Samples, cutoffs: Sequence[CutOff], verdict: Verdict, co
     if not len(samples.order) or not count:
         return []
     found = []
-    if verdict.beyond is not None:
+    if verdict.undecided:
+        found += _both_groups(samples, verdict, count)
+    elif verdict.beyond is not None:
         words = "{count} of the suspects, drawn at random. Look for one mark that comes back, be it faint or all over."
         drawn = gathering.random(samples, count, np.asarray(verdict.suspects))
         found.append(Gallery("suspects", "Suspects", "The suspects", words, drawn))
@@ -173,6 +175,23 @@ def _galleries(samples: Samples, cutoffs: Sequence[CutOff], verdict: Verdict, co
         found.append(Gallery("around", "Cut-off", "Around the cut-off", words, rows))
     words = "{count} of all scored images, for comparison: this is what ordinary masks look like."
     found.append(Gallery("random", "Random", "Drawn at random", words, gathering.random(samples, count)))
+    return found
+
+
+def _both_groups(samples: Samples, verdict: Verdict, count: int) -> list[Gallery]:
+    """The two groups of the class that the verdict is unclear about."""
+    first, beyond = verdict.undecided[0], verdict.beyond
+    assert beyond is not None
+    inside = np.isfinite(beyond) & (samples.table["prediction"].to_numpy() == first.index)
+    found = []
+    for side, rows, masks in (("A", beyond > 0, "smaller"), ("B", beyond <= 0, "larger")):
+        words = f"{{count}} of this group, that of the {masks} masks, drawn at random. Look for a mark that comes back."
+        drawn = gathering.random(samples, count, inside & rows)
+        found.append(
+            Gallery(
+                f"group-{side.lower()}", f"Group {side}", f"Group {side} of class {visible(first.name)}", words, drawn
+            )
+        )
     return found
 
 
@@ -217,16 +236,17 @@ def _figures(samples: Samples, marked: Mask, cutoffs: Sequence[CutOff]) -> list[
 
 
 def _groups(samples: Samples, verdict: Verdict) -> list[dict[str, Any]]:
-    """The classes of the suspects, as two groups."""
+    """The classes of the suspects, as two groups; else those that the verdict is unclear about."""
     if verdict.beyond is None:
         return []
     predictions = samples.table["prediction"].to_numpy()
     drawn = []
-    for each in verdict.classes[:_CLASSES_DRAWN]:
+    what = "in group A" if verdict.undecided else "suspects"
+    for each in (verdict.undecided or verdict.classes)[:_CLASSES_DRAWN]:
         rows = np.isfinite(verdict.beyond) & (predictions == each.index)
-        counts = figures.groups(verdict.beyond[rows], np.asarray(verdict.suspects)[rows])
+        counts = figures.groups(verdict.beyond[rows], verdict.beyond[rows] > 0)
         if counts is not None:
-            words = f"{each.count:,} of the {int(rows.sum()):,} images that are predicted as it are suspects."
+            words = f"{each.count:,} of the {int(rows.sum()):,} images that are predicted as it are {what}."
             axis, line = "standard deviations from the boundary", CutOff(0.0, "boundary", "by-verdict")
             drawn.append(_drawn(f"Class {visible(each.name)}", words, axis, counts, [line]))
     return drawn
@@ -262,15 +282,17 @@ def _numbers(
 
 def _commands(
     run: Location, content: dict[str, Any], verdict: Verdict, decided: bool, attributes: Location | None
-) -> dict[str, str]:
+) -> dict[str, str | list[str]]:
     """Lines to paste. An unclear verdict makes `--auto` write nothing, whatever the lists say: then another rule."""
     place, slug = commands.place(run), commands.slug(content["dataset"]["name"])
     unclear = verdict.outcome == "unclear"
     some = commands.filter_(run, rule="--quantile 0.05" if unclear else "--auto", replaces=decided)
     none = commands.filter_(run, rule="--quantile 0" if unclear else "--auto", replaces=decided)
+    both = [commands.group(verdict.undecided[0].name, side) for side in "AB"] if verdict.undecided else []
     table = f" --attributes {commands.place(attributes)}" if attributes is not None else ""
     return {
         "filter": some,
+        "groups": [commands.filter_(run, rule=rule, replaces=decided) for rule in both],
         "filter_keep": f"{some} --keep {slug}-keep.csv",
         "filter_only": none,
         "filter_drop": f"{none} --drop {slug}-drop.csv",

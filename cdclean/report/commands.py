@@ -30,9 +30,16 @@ def place(location: Location) -> str:
 
 def word(text: str) -> str:
     """`text`, with surrogate escapes for bytes that are not UTF-8, as one word for bash and zsh."""
-    if text.isprintable():
-        return shlex.quote(f"./{text}" if text.startswith("-") else text)
-    return "$'" + "".join(_escaped(letter) for letter in text) + "'"
+    return _quoted(f"./{text}" if text.startswith("-") else text)
+
+
+def group(name: str, side: str) -> str:
+    """The rule that drops group A or B of the class `name`."""
+    return f"--group={_quoted(f'{name}/{side}')}"
+
+
+def _quoted(text: str) -> str:
+    return shlex.quote(text) if text.isprintable() else "$'" + "".join(map(_escaped, text)) + "'"
 
 
 def scan(content: dict[str, Any], run: Location) -> str:
