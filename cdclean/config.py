@@ -179,7 +179,7 @@ class ScanConfig:
     intake: Intake = Intake()
     device: str = "auto"  # auto, cpu, cuda, cuda:1, cuda:0,2, mps
     engine: Engine = "auto"  # auto: local with more than one device or worker, if there is enough to do
-    workers: int | None = None  # processes; None: one a GPU, or one a core
+    workers: int | None = None  # processes; None: up to four a GPU, by its memory, or one a core
     ray_address: str | None = None  # of a cluster that is running; None: start one here
     shard: tuple[int, int] | None = None  # (i, n): every n-th chunk from the i-th, 0 <= i < n; n processes, one run
     chunk_size: int | None = None  # samples a chunk; None: by device and input size

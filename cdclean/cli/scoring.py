@@ -85,7 +85,8 @@ def scan(
         Engine, typer.Option(help="auto: local where there are several workers.", rich_help_panel=_WORKERS)
     ] = "auto",
     workers: Annotated[
-        int | None, typer.Option(help="Processes. Default: one a GPU, else this one.", rich_help_panel=_WORKERS)
+        int | None,
+        typer.Option(help="Processes. Default: up to four a GPU, else one a core.", rich_help_panel=_WORKERS),
     ] = None,
     ray_address: Annotated[
         str | None, typer.Option(help="Of a Ray cluster: auto, or HOST:PORT.", rich_help_panel=_WORKERS)

@@ -139,7 +139,7 @@ def below_each_other(strips: Sequence[Image.Image]) -> Image.Image:
     return sheet
 
 
-def markdown(grid: str, found: Sequence[Missed]) -> str:
+def markdown(grid: str, found: Sequence[Missed], elsewhere: Sequence[str] = ()) -> str:
     lines = [
         f"# What is missed, `--{grid}`",
         f"`python -m tests.benchmarks.detection.missed --grid {grid}`. Attacks that took and whose AUROC is below "
@@ -150,6 +150,8 @@ def markdown(grid: str, found: Sequence[Missed]) -> str:
         "|---|---|---|---|---|---|---|---|\n" + "\n".join(map(_line, found)),
         f"![Image, mask and pattern of missed, found and clean samples](missed-{grid}.png)",
     ]
+    if elsewhere:
+        lines.insert(3, f"Below a goal as well, but scanned on another machine: {', '.join(elsewhere)}.")
     return "\n\n".join(lines) + "\n"
 
 
@@ -178,15 +180,18 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     results = json.loads((arguments.results / f"detection-{arguments.grid}.json").read_text())
-    found, strips = [], []
+    found, strips, elsewhere = [], [], []
     order = list(ATTACKS)
     for result in sorted(results.values(), key=lambda result: order.index(result["row"]["attack"])):
         row = Row(**result["row"])
         if below_goal(result):
             folder = arguments.work / row.name
+            if not (folder / "default.cdclean").exists():
+                elsewhere.append(f"{ATTACKS[row.attack].title} of {row.network}")
+                continue
             found.append(examine(row, folder, result["scores"]["default"]["auroc"]))
             strips.append(strip(found[-1], folder))
-    (arguments.results / f"missed-{arguments.grid}.md").write_text(markdown(arguments.grid, found))
+    (arguments.results / f"missed-{arguments.grid}.md").write_text(markdown(arguments.grid, found, elsewhere))
     if strips:
         below_each_other(strips).save(arguments.results / f"missed-{arguments.grid}.png", optimize=True)
 

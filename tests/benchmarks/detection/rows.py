@@ -93,7 +93,7 @@ def run(row: Row, work: Path, device: str) -> dict[str, Any]:
     if is_backdoor.any():
         found["scores"][table.AUTO] = _suspects_first(whole, folder / "train.csv")
         if dropped["verdict"] != "backdoor":
-            dropped = _filtered(whole, folder, ["--quantile", "0.1"], is_backdoor, keys)
+            dropped = _filtered(whole, folder, _by_eye(whole, folder / "train.csv"), is_backdoor, keys)
         found["cleaned"] = {name: dropped[name] for name in ("rule", "poison_dropped", "clean_dropped")}
         kept, kept_images, kept_labels = data.read_folder(folder / "clean")
         place = folder / f"again-{fingerprint(list(kept))[:12]}.safetensors"  # another copy, another network
@@ -261,6 +261,22 @@ def _filtered(
             result["poison_dropped"] = float(dropped[is_backdoor].mean())
         result["clean_dropped"] = float(dropped[~is_backdoor].mean())
     return result
+
+
+def _by_eye(run: Path, truth: Path) -> list[str]:
+    """What a reader of the report does without a clear verdict: drop the group of the two shown that holds the poison.
+
+    Where no groups are shown, the smallest tenth.
+    """
+    judged, labelled = verdict.judge(run), data.read_truth(truth)
+    if not judged.undecided or judged.beyond is None:
+        return ["--quantile", "0.1"]
+    first = judged.undecided[0]
+    listed = records.read_aligned(run, ["prediction"])
+    poison = np.array([labelled[key] for key in listed["key"].to_pylist()])
+    poison &= listed["prediction"].to_numpy() == first.index
+    in_a = int((poison & (judged.beyond > 0)).sum())
+    return ["--group", f"{first.name}/{'A' if 2 * in_a > poison.sum() else 'B'}"]
 
 
 # --- Count ---

@@ -104,7 +104,11 @@ def _removed(rows: Sequence[Row]) -> str:
                 *(f"{state['accuracy']:.1%}" for state in (before, after)),
             ]
         )
-    return "### What removing it does\n\n" + _table(head, body)
+    note = (
+        "Where `--auto` finds no backdoor but two groups of a class, the copy is made without the one that holds "
+        "the poison, which a reader has to see; where it shows none, without the smallest tenth."
+    )
+    return f"### What removing it does\n\n{_table(head, body)}\n\n{note}"
 
 
 def _shares(dropped: Row) -> list[str]:
