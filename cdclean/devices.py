@@ -58,7 +58,7 @@ def resolve_devices(settings: ScanConfig) -> list[str]:
 
 def _sharers(devices: list[str]) -> int:
     """Processes on these GPUs together. One alone cannot decode and draw small images as fast as a large GPU scores."""
-    smallest = min(torch.cuda.mem_get_info(device)[1] for device in devices)
+    smallest = min(torch.cuda.get_device_properties(device).total_memory for device in devices)
     each = min(_SHARERS, cores() // len(devices), smallest // _GPU_SHARE)
     return max(1, each) * len(devices)
 
