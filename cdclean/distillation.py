@@ -163,6 +163,9 @@ class Step:
         self.w = images.new_ones(len(images), 1, rows, columns).requires_grad_()
         # On a GPU Adam counts its steps there, as a recording needs it.
         self.optimiser = torch.optim.Adam([self.w], config.learning_rate, config.betas, capturable=images.is_cuda)
+        # It would count in float32, whose rounding fp64 is there to avoid.
+        averages = {name: torch.zeros_like(self.w) for name in ("exp_avg", "exp_avg_sq")}
+        self.optimiser.state[self.w] = {"step": images.new_zeros(())} | averages
         self.area = (config.area_cost or 0.0) * _worth(reference, config, head)
         self.scale = 1024 if config.precision == "fp16" else 1  # keeps small gradients above what fp16 can hold
 
