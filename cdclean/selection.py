@@ -334,7 +334,9 @@ def _by_verdict(run: Location, scores: _Scores, description: dict[str, Any]) -> 
     judged = verdict.judge(run)
     cutoffs = {name: density * _pixels(description) for name, density in judged.cutoffs.items()}
     words = "one of a group that looks like a backdoor"
-    return _Ruled(judged.suspects & scores.scored, words, cutoffs=cutoffs, verdict=judged)
+    two = "to the network, class {} is two kinds of images: look at both in the report before you trust this"
+    notes = tuple(two.format(each.name) for each in judged.undecided[:1])
+    return _Ruled(judged.suspects & scores.scored, words, cutoffs=cutoffs, verdict=judged, notes=notes)
 
 
 def _by_group(run: Location, scores: _Scores, group: str) -> _Ruled:

@@ -80,7 +80,8 @@ class Verdict:
     # a group, positive for the group of the smaller masks; nan for samples of other classes, and where the mask is
     # empty. None where no group was found by what the network sees.
     beyond: Floats | None = None
-    # Classes in two groups of which neither is clearly a backdoor: what is said is of the group of the smaller masks.
+    # Classes in two groups of which neither is clearly a backdoor, where the outcome is "unclear" or "clean": what is
+    # said is of the group of the smaller masks.
     undecided: tuple[Gathering, ...] = ()
 
 
@@ -214,21 +215,25 @@ def _by_features(
     seen = [each for each in groups if each.split.seen >= SEEN]
     found = [each for each in seen if each.split.least >= APART and each.least >= SMALLER]
     doubtful = [each for each in seen if each.split.least >= DOUBTFULLY_APART and each.least >= DOUBTFULLY_SMALLER]
-    first = (found or doubtful or groups)[0]
+    # Two groups without small masks are honest kinds, or a trigger that hides: no alarm, but whoever looks sees them.
+    shown = found or doubtful or [each for each in seen if each.split.least >= APART]
+    first = (shown or groups)[0]
     evidence |= {"group": len(first.split.members), "of_class": len(first.split.members) / len(first.split.rows)}
     evidence |= {"apart": first.split.gain, "seen": first.split.seen, "smaller": first.smaller}
-    if not (found or doubtful):
+    if not shown:
         return _clean(count, evidence)
     placed = np.full(int(back.max()) + 2, np.nan)  # the last one for those that are none
-    for group in found or doubtful:
+    for group in shown:
         placed[group.split.rows] = group.split.beyond
     beyond = placed[back]
-    members = {each.split.of: np.flatnonzero((beyond > 0) & (classes == each.split.of)) for each in found or doubtful}
+    members = {each.split.of: np.flatnonzero((beyond > 0) & (classes == each.split.of)) for each in shown}
     if found:
         return replace(_backdoor(members, density, classes, names, evidence), beyond=beyond)
-    groups_of = tuple(_gathering(of, rows, classes, names) for of, rows in members.items())
-    why = f"{groups_of[0].count} samples of class {groups_of[0].name} stand apart, but not clearly enough"
-    return replace(_unclear(count, why, evidence), beyond=beyond, undecided=groups_of)
+    undecided = tuple(_gathering(of, rows, classes, names) for of, rows in members.items())
+    if not doubtful:
+        return replace(_clean(count, evidence), beyond=beyond, undecided=undecided)
+    why = f"{undecided[0].count} samples of class {undecided[0].name} stand apart, but not clearly enough"
+    return replace(_unclear(count, why, evidence), beyond=beyond, undecided=undecided)
 
 
 class _Group(NamedTuple):

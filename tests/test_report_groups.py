@@ -76,6 +76,22 @@ def test_where_masks_do_not_tell_both_groups_are_shown(tmp_path: Path) -> None:
         assert f"--group=a/{side}" in text
 
 
+def test_two_kinds_without_small_masks_are_shown_without_an_alarm(tmp_path: Path) -> None:
+    run = grouped_run(tmp_path, masks=(45, 90))
+    verdict = judge(run)
+    assert (verdict.outcome, verdict.sentence, verdict.suspects.any()) == ("clean", "No sign of a backdoor", False)
+    assert [(each.name, each.count) for each in verdict.undecided] == [("a", 120)]  # A are the smaller masks: the rest
+    page = page_of(run, samples_shown=30)
+    assert "One thing to look at: to the model, class a is two kinds of images" in words_of(page)
+    assert all(key.startswith("a/p") for key in shown(page, "group-b"))
+    chosen = select(run, auto=True)
+    assert chosen.dropped == 0
+    assert chosen.notes == (
+        "to the network, class a is two kinds of images: look at both in the report before you trust this",
+    )
+    assert select(run, group="a/B").dropped == 40
+
+
 def test_either_group_can_be_dropped(tmp_path: Path) -> None:
     run = grouped_run(tmp_path, masks=(10, 35))
     keys = load_keys(run)
