@@ -229,6 +229,7 @@ def _distil_what_fits(
                 yield [{"status": Status.OOM, "error": reason}], iter(())
                 start += 1
             room.shrink()
+            classifier.repetition.forget()
             release()
             continue
         room.succeed()

@@ -13,7 +13,7 @@ from cdclean.config import ScanConfig
 from cdclean.errors import UsageError
 
 _PROCESS = 2 << 30  # bytes: what a process on a CPU may need, with torch, a model and its micro-batch
-_GPU_SHARE = 16 << 30  # bytes of a GPU's memory, for each process on it
+_GPU_SHARE = 16 * 10**9  # bytes of a GPU's memory, for each process on it
 _SHARERS = 4  # processes on one GPU, at most
 
 

@@ -94,14 +94,16 @@ def distill(
             padded = ((_padded(images[i : i + size], size), _padded(noise[i : i + size], size)) for i in starts)
             return [_optimise(model, *rows, config, head, repetition) for rows in padded]
 
-        starts = range(0, count, size)
+        starts, chancy = range(0, count, size), ""
         try:
             with reproducible(images.device):
                 batches = optimise()
         except RuntimeError as error:
             if not is_not_reproducible(error):
                 raise
-            warnings.warn(f"scores may differ in their last digits from one time to the next: {error}", stacklevel=2)
+            chancy = str(error)
+        if chancy:  # not while the error holds what the first try has left in memory
+            warnings.warn(f"scores may differ in their last digits from one time to the next: {chancy}", stacklevel=2)
             with reproducible(images.device, strict=False):
                 batches = optimise()
     return _concatenate(batches, count)

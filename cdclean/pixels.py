@@ -54,8 +54,9 @@ def micro_batches(
 
     batch: list[tuple[int, Tensor]] = []
     chosen = [samples[index] for index in wanted]
-    found = chain.from_iterable(pool.map(read, _groups(list(zip(chosen, _contents(chosen), strict=True)))))
-    for index, (outcome, known) in zip(wanted, found, strict=True):
+    groups = _groups(list(zip(chosen, _contents(chosen), strict=True)))
+    # Without a name of its own: where an error ends the loop, what the threads have not begun is dropped.
+    for index, (outcome, known) in zip(wanted, chain.from_iterable(pool.map(read, groups)), strict=True):
         rows[index] |= known
         if isinstance(outcome, SampleError):
             rows[index] |= {"status": outcome.status, "error": outcome.reason}

@@ -9,11 +9,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import Protocol, Self, TypeVar, cast
+from typing import Any, Protocol, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.backends import cudnn
 from torch.utils import deterministic
 
 
@@ -21,6 +20,7 @@ class Repeatable(Protocol):
     """A step that reads and writes the same memory every time; see distillation.Step."""
 
     colour: Tensor
+    w: Tensor  # what it changes
     repeat: Callable[[], None] | None  # what to call instead of `descend`
 
     def descend(self) -> None: ...
@@ -54,10 +54,10 @@ class Repetition:
         kept = cast(StepT, self.step)
         if not self.recorded:
             try:
-                kept.repeat = _record(kept.descend)
+                kept.repeat = _record(kept)
             except RuntimeError as error:
-                self.like = self.step = None
-                if isinstance(error, torch.OutOfMemoryError):
+                self.forget()
+                if isinstance(error, torch.OutOfMemoryError) or "memory" in str(error) or "ALLOC_FAILED" in str(error):
                     raise
                 self.refused = True
                 reason = str(error).partition("\n")[0]
@@ -67,23 +67,37 @@ class Repetition:
         kept.restart(step)
         return kept
 
+    def forget(self) -> None:
+        """Let go of the step and its memory, which nothing else can take."""
+        self.like = self.step = None
+        self.recorded = False
 
-def _record(work: Callable[[], None]) -> Callable[[], None]:
-    """What `work` launches, as one launch. Raises RuntimeError where it waits for the device on its way."""
+
+def _record(step: Repeatable) -> Callable[[], None]:
+    """What the step launches, as one launch, on the current device.
+
+    Raises RuntimeError where it waits for the device on its way.
+    """
     mode = torch.cuda.get_sync_debug_mode()
     warnings.filterwarnings("ignore", message="Synchronization debug mode")  # that it is a prototype
     torch.cuda.set_sync_debug_mode("error")
     try:
-        work()  # a rehearsal: a recording that fails leaves torch's memory in disorder
+        step.descend()  # a rehearsal: a recording that fails leaves torch's memory in disorder
     finally:
         torch.cuda.set_sync_debug_mode(mode)
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
-        # Another thread may be at work on another GPU: it must not break this recording, nor be broken by it.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            work()
+        # A stream of this device: torch's own is of the device that recorded first. Another thread may be at work on
+        # another GPU: it must not break this recording, nor be broken by it.
+        own = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        with torch.cuda.graph(graph, stream=own, capture_error_mode="thread_local"):
+            step.descend()
     finally:
         torch.cuda.set_stream(stream)  # torch 2.11 does not, where a recording fails
+    before = step.w.detach().clone()
+    graph.replay()
+    if torch.equal(before, step.w.detach()):
+        raise RuntimeError("the recording is empty")
     return graph.replay
 
 
@@ -97,21 +111,35 @@ def reproducible(device: torch.device, strict: bool = True) -> Iterator[None]:
     """On CUDA, kernels whose sums do not depend on chance, and fp32 that is fp32; then everything as it was.
 
     `strict`: an operation without such a kernel raises RuntimeError, else it warns, and attention may use others too.
+    `device` is the current one inside. These are settings of the process: one thread at a time.
     """
     if device.type != "cuda":
         yield
         return
     chosen = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     cudnn_attention = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    before = [(where, name, getattr(where, name)) for where, name, _ in _settings()]
     try:
         torch.use_deterministic_algorithms(True, warn_only=not strict)
-        deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.backends.cuda.enable_cudnn_sdp(False)  # the others repeat themselves when they are told to
-        with cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        for where, name, value in _settings():
+            setattr(where, name, value)
+        with torch.cuda.device(device):
             yield
     finally:
-        torch.use_deterministic_algorithms(chosen, warn_only=warn_only)
-        deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+        for where, name, value in before:
+            setattr(where, name, value)
         torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)
+        torch.use_deterministic_algorithms(chosen, warn_only=warn_only)
+
+
+def _settings() -> list[tuple[Any, str, Any]]:
+    """Where what is set to what, beside the switch for all algorithms."""
+    backends: Any = torch.backends
+    found = [(backends.cudnn, "benchmark", False), (backends.cudnn, "deterministic", True)]
+    found.append((deterministic, "fill_uninitialized_memory", False))  # takes time, and is for finding bugs
+    if hasattr(backends, "fp32_precision"):  # torch 2.9: it does not like to be asked both ways
+        places = (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul)
+        return [*found, *((each, "fp32_precision", "ieee") for each in places)]
+    return [*found, *((each, "allow_tf32", False) for each in (backends.cudnn, backends.cuda.matmul))]

@@ -65,6 +65,7 @@ class _Ruled:
     cutoffs: dict[str, float] = field(default_factory=dict)
     verdict: Verdict | None = None
     notes: tuple[str, ...] = ()
+    by_norm: bool = True
 
 
 @dataclass(frozen=True)
@@ -104,15 +105,15 @@ def select(
     fpr: drop the samples whose norm is below a cut-off that would drop this share, in [0, 1), of the trusted run
         `reference`.
     auto: drop what `verdict.judge` takes for backdoored: nothing, unless its outcome is "backdoor".
-    group: drop one of the two groups that `verdict.judge` sees in a class, without being sure of it: "CLASS/A", that of
-        the smaller masks, or "CLASS/B", the other.
+    group: drop one of the two groups that `verdict.judge` sees in a class, and the report shows: "CLASS/A", that of the
+        smaller masks, or "CLASS/B", the other.
     reference: a complete run over data known to be clean. It has to be scored with the same settings; norms are
         compared as shares of the model's input, so the input sizes may differ.
     per: quantile, or mean and standard deviation of sigma, of the whole dataset, or of each class (the label) or each
         prediction by itself. The other rules have one cut-off, or choose their own groups.
     max_drop: raise GateError where the rule would drop more than this share, in [0, 1], of the scored samples. None:
-        MAX_DROP, but not for `quantile`, which says itself how much it drops. What `keep` saves is not counted, nor
-        what `drop` names.
+        MAX_DROP, but not for `quantile` and `group`, which say themselves what they drop. What `keep` saves is not
+        counted, nor what `drop` names.
     keep, drop: lists of keys that stay, or go, whatever the rule says and whether they have a score or not: a file with
         a column `key` (.csv, .jsonl, .ndjson or .parquet; other columns are ignored), or text with one key a line.
     unreadable: what happens to the samples without a score.
@@ -155,7 +156,7 @@ def select(
             f"{names} stand in both {keylists.name_of(keep)} and {keylists.name_of(drop)}",
             hint="Take each out of one of the lists.",
         )
-    limit = max_drop if max_drop is not None else 1.0 if name == "quantile" else MAX_DROP
+    limit = max_drop if max_drop is not None else 1.0 if name in ("quantile", "group") else MAX_DROP
     _guard(ruled.dropped & ~saved, scores.scored, ruled.words, limit)
     keeps, reasons = _decide(table, scores.scored, ruled, unreadable)
     dropped = doomed | (ruled.dropped & ~saved)
@@ -341,26 +342,19 @@ def _by_verdict(run: Location, scores: _Scores, description: dict[str, Any]) -> 
 
 def _by_group(run: Location, scores: _Scores, group: str) -> _Ruled:
     judged = verdict.judge(run)
-    known = (
-        {each.name: each.index for each in (*judged.classes, *judged.undecided)} if judged.beyond is not None else {}
-    )
+    there = (*judged.classes, *judged.undecided) if judged.beyond is not None else ()
+    known = {each.name: each.index for each in reversed(there)}  # of two of a name the first, which the report shows
     name, _, side = group.rpartition("/")
     if name not in known or side not in ("A", "B"):
-        there = ", ".join(f"{each}/A, {each}/B" for each in known)
+        names = ", ".join(f"{each.name}/A, {each.name}/B" for each in there)
         raise UsageError(
             f"{to_text(run)} has no group {group!r}",
-            hint=f"It has {there}." if there else "To the network no class of it is two groups.",
+            hint=f"It has {names}." if names else "To the network no class of it is two groups.",
         )
     assert judged.beyond is not None
-    inside = np.isfinite(judged.beyond) & (_classes(run) == known[name])
+    inside = np.isfinite(judged.beyond) & (judged.compared == known[name])
     dropped = scores.scored & inside & ((judged.beyond > 0) == (side == "A"))
-    return _Ruled(dropped, f"in group {side} of class {name}")
-
-
-def _classes(run: Location) -> npt.NDArray[np.float64]:
-    """[n] the predicted class; nan where there is none."""
-    predictions: npt.NDArray[np.float64] = read_aligned(run, ["prediction"])["prediction"].to_numpy().astype(np.float64)
-    return predictions
+    return _Ruled(dropped, f"in group {side} of class {name}", by_norm=False)
 
 
 def _grouped(scores: _Scores, dropped: Mask, words: str, per: Per) -> _Ruled:
@@ -416,6 +410,8 @@ def _decide(table: pa.Table, scored: Mask, ruled: _Ruled, unreadable: Unreadable
     # Towards zero, so that a norm just below the threshold is not shown as the threshold itself.
     norms: Any = pc.cast(pc.round(table["mask_norm"], ndigits=2, round_mode="towards_zero"), pa.string())
     because = pc.binary_join_element_wise(pa.scalar("mask_norm "), norms, pa.scalar(f" is {ruled.words}"), "")
+    if not ruled.by_norm:
+        because = pa.scalar(ruled.words)
     error: Any = table["error"]
     problem = pc.binary_join_element_wise(
         table["status"], error, pa.scalar(": "), null_handling="replace", null_replacement="no reason given"

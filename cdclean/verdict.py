@@ -83,6 +83,7 @@ class Verdict:
     # Classes in two groups of which neither is clearly a backdoor, where the outcome is "unclear" or "clean": what is
     # said is of the group of the smaller masks.
     undecided: tuple[Gathering, ...] = ()
+    compared: Integers | None = None  # [n] the class of each sample that was compared, as Gathering.index; -1: none
 
 
 def judge(run: Location) -> Verdict:
@@ -119,10 +120,13 @@ def judge(run: Location) -> Verdict:
         verdict = decide(density, classes, sure, names, vectors, original)
     places = np.flatnonzero(scored.to_numpy())
     suspects, beyond = np.zeros(table.num_rows, np.bool_), np.full(table.num_rows, np.nan)
+    compared = np.full(table.num_rows, -1)
     suspects[places] = verdict.suspects
+    if known:
+        compared[places] = rows[column].to_numpy()
     if verdict.beyond is not None:
         beyond[places] = verdict.beyond
-    return replace(verdict, suspects=suspects, beyond=None if verdict.beyond is None else beyond)
+    return replace(verdict, suspects=suspects, beyond=None if verdict.beyond is None else beyond, compared=compared)
 
 
 def _vectors(column: pa.ChunkedArray[Any]) -> npt.NDArray[np.float32] | None:

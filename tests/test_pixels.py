@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cdclean import pixels
 from cdclean.config import Geometry
 from cdclean.images import thumbnail
 from cdclean.manifest import Job
@@ -50,12 +52,36 @@ def test_every_sample_is_in_its_place(damaged: set[int], wanted: set[int], size:
         }
     assert [index for batch in found for index, _ in batch] == sorted(wanted - damaged)
     assert {len(batch) for batch in found[:-1]} <= {size}
-    assert all(torch.equal(pixels, alone[index]) for batch in found for index, pixels in batch)
+    assert all(torch.equal(image, alone[index]) for batch in found for index, image in batch)
     assert sum(told) == len(wanted & damaged)
     for index, row in enumerate(rows):
         expected = {"unreadable" if index in damaged else "ok"} if index in wanted else {None}
         assert {row.get("status")} == expected
         assert bool(row.get("error")) == (index in wanted & damaged)
+
+
+def test_what_is_not_read_yet_when_a_stop_comes_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples, read, go = jobs(tmp_path, set(range(COUNT))) * 40, [], threading.Event()
+
+    def noted(sample: Job, *others: Any) -> Any:
+        read.append(sample.key)
+        if len(read) > 100:
+            go.wait(10)  # the rest waits until the loop has ended
+        return real(sample, *others)
+
+    def stop(_count: int) -> None:
+        raise KeyboardInterrupt
+
+    real = pixels._read
+    monkeypatch.setattr(pixels, "_read", noted)
+    with decoders() as pool:
+        rows: list[dict[str, Any]] = [{} for _ in samples]
+        wanted = list(range(len(samples)))
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            list(micro_batches(samples, rows, wanted, Geometry(3, 32, 32), MEAN, 8, pool, stop))
+        go.set()
+    assert stopped.traceback  # which holds on to what the loop had
+    assert len(read) < len(samples) / 2
 
 
 @pytest.mark.parametrize("side", [16, 96])

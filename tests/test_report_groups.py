@@ -15,7 +15,7 @@ from cdclean.errors import GateError, UsageError
 from cdclean.report import commands, figures, gathering, write
 from cdclean.selection import select, write_decisions
 from cdclean.verdict import judge
-from tests.test_report import Page, backdoored_run, grouped_run, load_keys, page_of, words_of
+from tests.test_report import Page, backdoored_run, dress, grouped_run, load_keys, page_of, words_of
 
 
 @pytest.fixture
@@ -96,12 +96,13 @@ def test_either_group_can_be_dropped(tmp_path: Path) -> None:
     run = grouped_run(tmp_path, masks=(10, 35))
     keys = load_keys(run)
     for side, of in (("A", True), ("B", False)):
-        chosen = select(run, group=f"a/{side}", max_drop=1.0)
+        chosen = select(run, group=f"a/{side}")
         gone = {key for key, keep in zip(keys, chosen.decisions["keep"].to_pylist(), strict=True) if not keep}
         assert {key for key in gone if "broken" not in key} == {
             key for key in keys if key.startswith("a/") and key.startswith("a/p") == of and "broken" not in key
         }
         assert chosen.rule == f"in group {side} of class a"
+        assert chosen.rule in chosen.decisions["reason"].to_pylist()
         assert chosen.kept + chosen.dropped + chosen.unreadable == chosen.samples
     with pytest.raises(GateError, match="120 of 400"):
         select(run, group="a/B", max_drop=0.29)
@@ -109,6 +110,16 @@ def test_either_group_can_be_dropped(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="has no group") as refused:
             select(run, group=group)
         assert refused.value.hint == "It has a/A, a/B."
+
+
+def test_groups_of_a_model_without_predictions_are_those_of_the_labels(tmp_path: Path) -> None:
+    run = grouped_run(tmp_path, masks=(10, 35))
+    dress(run, {"prediction": dict.fromkeys(load_keys(run), None)})
+    assert [(each.name, each.count) for each in judge(run).undecided] == [("a", 40)]
+    assert select(run, group="a/A").dropped == 40
+    page = page_of(run, samples_shown=30)
+    assert len(shown(page, "group-a")) == len(shown(page, "group-b")) == 30
+    assert "in group A." in words_of(page)
 
 
 def test_the_groups_of_a_clear_verdict_can_be_named_too(run: Path) -> None:

@@ -55,7 +55,7 @@ def filter_(
     group: Annotated[
         str | None,
         typer.Option(
-            help="Drop group A or B of a class that --auto is unclear about.", metavar="CLASS/A", rich_help_panel=_RULE
+            help="Drop group A or B of a class that the report shows as two.", metavar="CLASS/A", rich_help_panel=_RULE
         ),
     ] = None,
     reference: Annotated[
@@ -68,7 +68,8 @@ def filter_(
     max_drop: Annotated[
         float | None,
         typer.Option(
-            help="Exit with 5, and write nothing, if more than this share would go. Default: 0.3, none for --quantile.",
+            help="Exit with 5, and write nothing, if more than this share would go. Default: 0.3; none for --quantile "
+            "and --group.",
             rich_help_panel=_OVERRIDE,
         ),
     ] = None,

@@ -123,7 +123,7 @@ def _context(
         "marked": int(marked.sum()),
         "cutoffs": cutoffs,
         "figures": _figures(samples, marked, cutoffs),
-        "groups": _groups(samples, verdict),
+        "groups": _groups(verdict),
         "tables": _tables(samples, predicted, marked),
         "bias": _bias(run, attributes),
         "galleries": galleries,
@@ -182,7 +182,7 @@ def _both_groups(samples: Samples, verdict: Verdict, count: int) -> list[Gallery
     """The two groups of the class that the verdict is unclear about."""
     first, beyond = verdict.undecided[0], verdict.beyond
     assert beyond is not None
-    inside = np.isfinite(beyond) & (samples.table["prediction"].to_numpy() == first.index)
+    inside = np.isfinite(beyond) & (verdict.compared == first.index)
     found = []
     for side, rows, masks in (("A", beyond > 0, "smaller"), ("B", beyond <= 0, "larger")):
         words = f"{{count}} of this group, that of the {masks} masks, drawn at random. Look for a mark that comes back."
@@ -235,15 +235,14 @@ def _figures(samples: Samples, marked: Mask, cutoffs: Sequence[CutOff]) -> list[
     return drawn
 
 
-def _groups(samples: Samples, verdict: Verdict) -> list[dict[str, Any]]:
+def _groups(verdict: Verdict) -> list[dict[str, Any]]:
     """The classes of the suspects, as two groups; else those that the verdict is unclear about."""
     if verdict.beyond is None:
         return []
-    predictions = samples.table["prediction"].to_numpy()
     drawn = []
     what = "in group A" if verdict.undecided else "suspects"
     for each in (verdict.undecided or verdict.classes)[:_CLASSES_DRAWN]:
-        rows = np.isfinite(verdict.beyond) & (predictions == each.index)
+        rows = np.isfinite(verdict.beyond) & (verdict.compared == each.index)
         counts = figures.groups(verdict.beyond[rows], verdict.beyond[rows] > 0)
         if counts is not None:
             words = f"{each.count:,} of the {int(rows.sum()):,} images that are predicted as it are {what}."

@@ -69,6 +69,17 @@ def test_a_score_does_not_depend_on_neighbours_or_recording(name: str, precision
     assert not repetition.refused
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_every_gpu_gives_the_same() -> None:
+    images, config = noise_images(6), DistillConfig(steps=6, batch_size=2, head="softmax")
+    found = [
+        distill(tiny("test_resnet", device), images.to(device), config, repetition=Repetition())
+        for device in ("cuda:1", "cuda:0", "cuda:1")
+    ]
+    for each in found[1:]:
+        assert torch.equal(each.mask_norm.cpu(), found[0].mask_norm.cpu())
+
+
 @pytest.mark.parametrize("objective", ["logits", "features"])
 def test_other_objectives_are_recorded(objective: Any) -> None:
     model, images = tiny("test_resnet"), noise_images(6).to(CUDA)
@@ -186,7 +197,7 @@ def table(run: Path) -> Any:
 def test_scans_agree_however_they_ran(tmp_path: Path, checkpoint: Path) -> None:
     """At once, in two processes on one GPU, and killed and gone on with."""
     data = folder(tmp_path / "data", pictures(60))
-    run(scan(data, checkpoint, tmp_path / "whole"))
+    run(scan(data, checkpoint, tmp_path / "whole", "--engine", "serial"))
     whole = table(tmp_path / "whole")
     assert whole["status"].to_pylist() == ["ok"] * 180
     run(scan(data, checkpoint, tmp_path / "two", "--workers", 2))
@@ -209,6 +220,8 @@ def test_a_micro_batch_that_does_not_fit_is_halved(tmp_path: Path, checkpoint: P
     """In a process that may use a small part of the GPU's memory."""
     data = folder(tmp_path / "data", pictures(100))
     code = (
+        "from cdclean import memory; shrink = memory.Room.shrink\n"
+        "memory.Room.shrink = lambda room: (print('halved', file=sys.stderr), shrink(room))[1]\n"
         "import sys, torch; torch.cuda.set_per_process_memory_fraction(float(sys.argv.pop(1)), 0)\n"
         "from cdclean.cli import main; main()"
     )
@@ -216,7 +229,7 @@ def test_a_micro_batch_that_does_not_fit_is_halved(tmp_path: Path, checkpoint: P
     arguments = scan(data, checkpoint, tmp_path / "run", "--engine", "serial", "--chunk-size", 300)[3:]
     arguments[arguments.index("--batch-size") + 1] = "256"
     arguments[arguments.index("--input-size") + 1] = "512"
-    run([sys.executable, "-c", code, str(3e9 / total), *arguments])
+    assert "halved" in run([sys.executable, "-c", code, str(3e9 / total), *arguments]).stderr
     found = table(tmp_path / "run")
     assert found["status"].to_pylist() == ["ok"] * 300
 
