@@ -70,6 +70,8 @@ def distill(
     An image's result does not depend on its neighbours: losses are summed, never averaged, and every micro-batch has
     `config.batch_size` images, the last one padded, so that the same kernels run for each.
 
+    On CUDA it is the same every time, or a warning says why it may not be.
+
     Raises ValueError for tensors of the wrong shape, dtype or range, ModelError for a model that gives no gradient or
     whose answers mix the images of a batch.
     """

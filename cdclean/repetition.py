@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol, Self, TypeVar, cast
 
 import torch
@@ -119,11 +119,12 @@ def reproducible(device: torch.device, strict: bool = True) -> Iterator[None]:
     chosen = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     cudnn_attention = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
-    before = [(where, name, getattr(where, name)) for where, name, _ in _settings()]
+    wanted = _settings()
+    before = [(where, name, getattr(where, name)) for where, name, _ in wanted]
     try:
         torch.use_deterministic_algorithms(True, warn_only=not strict)
         torch.backends.cuda.enable_cudnn_sdp(False)  # the others repeat themselves when they are told to
-        for where, name, value in _settings():
+        for where, name, value in wanted:
             setattr(where, name, value)
         with torch.cuda.device(device):
             yield
@@ -135,11 +136,18 @@ def reproducible(device: torch.device, strict: bool = True) -> Iterator[None]:
 
 
 def _settings() -> list[tuple[Any, str, Any]]:
-    """Where what is set to what, beside the switch for all algorithms."""
+    """Where what is set to what, beside the switch for all algorithms; in this order, also on the way back.
+
+    Precision is asked for in torch's two ways: where one alone is, torch 2.9 and newer raise when they are read.
+    """
     backends: Any = torch.backends
-    found = [(backends.cudnn, "benchmark", False), (backends.cudnn, "deterministic", True)]
+    found: list[tuple[Any, str, Any]] = [(backends.cudnn, "benchmark", False), (backends.cudnn, "deterministic", True)]
     found.append((deterministic, "fill_uninitialized_memory", False))  # takes time, and is for finding bugs
-    if hasattr(backends, "fp32_precision"):  # torch 2.9: it does not like to be asked both ways
+    for where in (backends.cudnn, backends.cuda.matmul):
+        with suppress(RuntimeError):  # the process has asked in the other way already
+            _ = where.allow_tf32
+            found.append((where, "allow_tf32", False))
+    if hasattr(backends, "fp32_precision"):
         places = (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul)
-        return [*found, *((each, "fp32_precision", "ieee") for each in places)]
-    return [*found, *((each, "allow_tf32", False) for each in (backends.cudnn, backends.cuda.matmul))]
+        found += [(where, "fp32_precision", "ieee") for where in places]
+    return found

@@ -7,6 +7,9 @@ class prove nothing either: it may hold two kinds of things. So each class is as
 groups by what the network sees in the images (separation.py)? And are the masks of one of them smaller than those of
 most other images? Images whose mask holds nothing at all are left out: the network says the same of an empty picture.
 
+Where two groups are clear and their masks are not, nobody can tell from scores which of them is wrong, if any: such
+classes are named (`Verdict.undecided`), for eyes to decide.
+
 Runs without embeddings (of older versions, of models without a linear classifier) are judged by masks and margins, see
 margins.py. That finds less, and is unclear about more.
 

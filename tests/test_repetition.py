@@ -1,5 +1,8 @@
 """Repetition: nothing but on a GPU; what one does with it is tested in tests/gpu."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -41,6 +44,31 @@ def test_without_a_gpu_no_setting_changes() -> None:
     with reproducible(torch.device("cpu")):
         assert not torch.are_deterministic_algorithms_enabled()
         assert not torch.backends.cudnn.deterministic
+
+
+@pytest.mark.parametrize("asked", ["nothing", "high", "tf32 for all", "one by one"])
+def test_settings_are_changed_and_come_back_however_a_precision_was_asked_for(asked: str) -> None:
+    """In a process of its own, and without a GPU: torch keeps these settings all the same."""
+    code = (
+        "import sys, torch\n"
+        "from cdclean.repetition import _settings\n"
+        "asked = sys.argv[1]\n"
+        "new, backends = hasattr(torch.backends, 'fp32_precision'), torch.backends\n"
+        "if asked == 'high': torch.set_float32_matmul_precision('high')\n"
+        "if asked == 'tf32 for all' and new: backends.fp32_precision = 'tf32'\n"
+        "if asked == 'one by one' and new:\n"
+        "    backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision = 'ieee', 'tf32'\n"
+        "for _ in range(2):\n"
+        "    wanted = _settings()\n"
+        "    before = [getattr(where, name) for where, name, _ in wanted]\n"
+        "    for where, name, value in wanted: setattr(where, name, value)\n"
+        "    assert [getattr(where, name) for where, name, _ in wanted] == [value for _, _, value in wanted]\n"
+        "    assert not backends.cuda.matmul.allow_tf32\n"  # can be read, too
+        "    for (where, name, _), value in zip(wanted, before): setattr(where, name, value)\n"
+        "    assert [getattr(where, name) for where, name, _ in wanted] == before\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, asked], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_an_operation_that_does_not_repeat_itself_is_said_and_scored() -> None:

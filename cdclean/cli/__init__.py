@@ -24,9 +24,8 @@ __all__ = ["app", "deciding", "main", "scoring", "trying"]
 def main() -> NoReturn:
     """Run the command line and exit with the code that errors.py gives."""
     _raise_on_signals()
-    os.environ.setdefault(
-        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-    )  # older torch wants it, for products that repeat themselves
+    # Older torch asks for it before products of matrices may repeat themselves.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
         app()
     except SystemExit as end:  # how Typer ends

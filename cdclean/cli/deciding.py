@@ -186,10 +186,10 @@ def _place(text: str | None) -> Any:
 def _by_groups(verdict: Verdict) -> str:
     from cdclean.report import commands
 
-    for each in verdict.undecided:
-        a, b = (commands.group(each.name, side) for side in "AB")
-        return f": {a} drops these samples, {b} the rest of their class."
-    return "."
+    if not verdict.undecided:
+        return "."
+    a, b = (commands.group(verdict.undecided[0].name, side) for side in "AB")
+    return f": {a} drops these samples, {b} the rest of their class."
 
 
 def _told(verdict: Verdict) -> dict[str, Any]:
