@@ -134,13 +134,14 @@ def test_three_steps_agree_with_the_published_loop(golden: Any, objective: str, 
 
 @pytest.mark.parametrize(("objective", "beta", "name"), CASES)
 def test_hundred_steps_give_the_published_masks(golden: Any, objective: str, beta: float, name: str) -> None:
-    ours = distill(golden.model, golden.images, paper_config(objective, beta), noise=golden.noise)
-    theirs = torch.from_numpy(golden.stored[name])
+    count = 8  # of sixteen: enough to see it
+    ours = distill(golden.model, golden.images[:count], paper_config(objective, beta), noise=golden.noise[:count])
+    theirs = torch.from_numpy(golden.stored[name])[:count]
     apart = (ours.masks - theirs).abs().mean((1, 2, 3))
     # Sign-like steps amplify rounding: where this machine's kernels round otherwise, single images part ways.
     assert apart.median() < 1e-3
     assert np.corrcoef(ours.mask_norm, theirs.sum((1, 2, 3)))[0, 1] > 0.99
-    assert torch.allclose(ours.logits, torch.from_numpy(golden.stored["logits"]), atol=1e-4)
+    assert torch.allclose(ours.logits, torch.from_numpy(golden.stored["logits"])[:count], atol=1e-4)
 
 
 @pytest.mark.parametrize(("objective", "beta", "name"), CASES)
