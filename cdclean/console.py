@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from json import dumps
 from typing import Any
 
-from cdclean.errors import CdcleanError
+from cdclean.errors import CdcleanError, StoppedError
 
 _HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control and formatting characters, lone surrogates, ends of lines
 _SHOWN = "\n\t\u200c\u200d"  # of these, what lines and tables are made of, and what some words are joined with
@@ -39,7 +39,7 @@ class Console:
     def warn(self, text: str) -> None:
         _to_stderr(f"warning: {text}")
 
-    def error(self, error: CdcleanError) -> None:
+    def error(self, error: CdcleanError | StoppedError) -> None:
         _to_stderr(f"error: {error.message}")
         if error.hint:
             _to_stderr(f"  -> {error.hint}")

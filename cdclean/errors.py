@@ -9,8 +9,9 @@ CdcleanError                1    a bug, or nothing more exact is known
 │   └── OutputError         3    the place to write to: full, read-only, already taken
 ├── IncompleteError         4    stopped half-way; the same command resumes
 ├── GateError               5    a limit the user set was passed
-├── LockedError            75    another run holds the folder
-└── StoppedError      130/143    ended by a signal
+└── LockedError            75    another run holds the folder
+
+StoppedError          130/143    ended by a signal; no `except Exception` holds it up
 
 A sample that cannot be scored raises none of these: it raises `SampleError` where it is decoded and becomes a
 row with a status and a reason.
@@ -72,18 +73,21 @@ class LockedError(CdcleanError):
     exit_code = 75
 
 
-class StoppedError(CdcleanError):
-    """Raised by the signal handler; `signal_number` is SIGINT (2) or SIGTERM (15)."""
+class StoppedError(BaseException):
+    """Raised by the signal handler, wherever the main thread is; `signal_number` is SIGINT (2) or SIGTERM (15).
+
+    No Exception: where libraries raise anything, anything is caught, and a signal must not pass for a damaged file.
+    """
+
+    hint = "Run the same command again to go on."
 
     def __init__(self, signal_number: int) -> None:
-        super().__init__(
-            f"stopped by signal {signal_number}; what was finished is kept",
-            hint="Run the same command again to go on.",
-        )
+        self.message = f"stopped by signal {signal_number}; what was finished is kept"
+        super().__init__(self.message)
         self.signal_number = signal_number
 
 
-def exit_code(error: CdcleanError) -> int:
+def exit_code(error: CdcleanError | StoppedError) -> int:
     """The process exit code for an error; 128 + n for signal n, as shells expect."""
     if isinstance(error, StoppedError):
         return 128 + error.signal_number

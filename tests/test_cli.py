@@ -105,6 +105,15 @@ _leave(5)
     assert (done.returncode, done.stdout) == (5, "said in order\n")
 
 
+def test_a_signal_is_no_error_of_the_code_that_it_comes_upon(finished: Path, tmp_path: Path) -> None:
+    """Whatever a user's factory raises is a model error; a signal that comes while it works is not raised by it."""
+    (tmp_path / "factory.py").write_text("import os, signal\ndef make():\n    os.kill(os.getpid(), signal.SIGTERM)\n")
+    command = ["scan", "data", "--model", "test_resnet.pt", "--arch", "factory:make", "--input-size", 32]
+    done = cdclean(*command, "--out", tmp_path / "x", cwd=finished, PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}")
+    assert done.returncode == 143, done.stderr
+    assert "stopped by signal 15" in done.stderr
+
+
 def test_filter_as_json_dry_and_with_quarantine(place: Path) -> None:
     dry = cdclean("filter", "--quantile", 0.25, "--quarantine", "away", "--dry-run", "--json", cwd=place)
     result = json.loads(dry.stdout)

@@ -228,7 +228,7 @@ if end == "limit":
 try:
     export(run, select(run, quantile=0.1).decisions, out, quarantine=out.with_name("bad"), progress=progress,
            overwrite=True)
-except CdcleanError as error:
+except (CdcleanError, StoppedError) as error:
     print(error)
     sys.exit(exit_code(error))
 """

@@ -315,7 +315,7 @@ def stop(number, frame):
 signal.signal(signal.SIGTERM, stop)
 try:
     export(run, select(run, quantile=0.1).decisions, out, progress=progress)
-except CdcleanError as error:
+except (CdcleanError, StoppedError) as error:
     sys.exit(exit_code(error))
 """
 

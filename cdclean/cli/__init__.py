@@ -30,7 +30,7 @@ def main() -> NoReturn:
         app()
     except SystemExit as end:  # how Typer ends
         _leave(end.code if isinstance(end.code, int) else int(end.code is not None))
-    except CdcleanError as error:
+    except (CdcleanError, StoppedError) as error:
         Console().error(error)
         _leave(exit_code(error))
     except BrokenPipeError:  # the reader of stdout has gone: not our error, and nothing more to say
