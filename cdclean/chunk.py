@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import socket
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -24,7 +25,7 @@ from cdclean.config import INDEPENDENT, DistillConfig, ModelSpec, Objective, Pre
 from cdclean.datasets import is_there
 from cdclean.distillation import Distilled, distill
 from cdclean.engines import Task
-from cdclean.errors import IncompleteError, Status
+from cdclean.errors import IncompleteError, ModelError, Status
 from cdclean.folding import fold
 from cdclean.manifest import Job, read_chunk
 from cdclean.memory import is_out_of_memory, release, room_on
@@ -54,6 +55,7 @@ class ChunkWorker:
 
     run: Location
     model: ModelSpec
+    weights: str  # of the model, as run.json has them
     distill: DistillConfig  # resolved: batch_size, precision, head and layer are set
     device: str  # a torch device
     thumbnail_size: int
@@ -72,7 +74,7 @@ class ChunkWorker:
         wanted = [index for index in range(first, last) if "status" not in rows[index]]
         progress(len(rows) - len(wanted) if task.rows is None else 0)
         if task.rows == (0, 0):
-            classifier_on(self.model, self.device, self.distill.precision, self.distill.objective)
+            self._classifier()
         if wanted:
             self._score(samples, rows, wanted, progress)
             self._require_dataset([rows[i] for i in wanted if samples[i].problem is None])
@@ -88,7 +90,7 @@ class ChunkWorker:
         progress: Callable[[int], object],
     ) -> None:
         """Fill in the rows whose numbers are `wanted`."""
-        classifier = classifier_on(self.model, self.device, self.distill.precision, self.distill.objective)
+        classifier = self._classifier()
         progress(0)
         size = self.distill.batch_size or 1
         drawing: deque[Iterator[tuple[int, dict[str, Any]]]] = deque()  # pictures, while the next ones are distilled
@@ -108,6 +110,16 @@ class ChunkWorker:
                         _fill(rows, drawing.popleft())
             while drawing:
                 _fill(rows, drawing.popleft())
+
+    def _classifier(self) -> Classifier:
+        """Raises ModelError where this process finds another model than the run was begun with."""
+        classifier = classifier_on(self.model, self.device, self.distill.precision, self.distill.objective)
+        if classifier.weights != self.weights:
+            raise ModelError(
+                f"{self.model.source} holds other weights on {socket.gethostname()} than when the run was begun",
+                hint="Put the same file there, and run the same command again: finished work is kept.",
+            )
+        return classifier
 
     def _require_dataset(self, rows: list[dict[str, Any]]) -> None:
         """A lost disk or network must not pass for a thousand unreadable samples. Raises IncompleteError."""

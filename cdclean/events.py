@@ -102,7 +102,7 @@ def status(run: Location) -> RunStatus:
             chunks[event["chunk"]] = event
     latest = [sittings[-1] for sittings in map(_sittings, _files(run)) if sittings]
     sizes = manifest.chunk_sizes(run / "manifest.parquet")
-    parts = {path.name for path in (run / "records").glob("part-*.parquet")}
+    parts = {path.name for path in records.parts(run)}
     scored = {chunk for chunk in sizes if records.part_path(run, chunk).name in parts}
     done = sum(sizes[chunk] for chunk in scored)
     last = [chunks[chunk] for chunk in scored & chunks.keys()]

@@ -58,7 +58,8 @@ def extend(
     kept = np.zeros(old.num_rows, np.bool_)
     moved: dict[int, Sample] = {}
     fresh: list[pa.Table] = []
-    first = int(old["chunk"].to_numpy().max()) + 1
+    # Not the number of a part that an extension cut short has left: it would pass for that of other samples.
+    first = max(int(old["chunk"].to_numpy().max()), *map(records.chunk_of, records.parts(run))) + 1
     count = 0
     with ThreadPoolExecutor(_THREADS) as pool:
         for batch in manifest.batched(samples):
@@ -85,7 +86,7 @@ def extend(
 
 def _recorded_hashes(run: Location, keys: pa.ChunkedArray[Any]) -> pa.ChunkedArray[Any]:
     """The SHA-256 that the records hold for each key; null where there is none."""
-    if not any((run / "records").glob("part-*.parquet")):
+    if not records.parts(run):
         return pa.chunked_array([pa.nulls(len(keys), pa.string())])
     table = records.read_columns(run, ["key", "content_hash"])
     return table["content_hash"].take(pc.index_in(keys, value_set=table["key"]))
@@ -147,6 +148,13 @@ def _relocated(old: pa.Table, moved: dict[int, Sample]) -> pa.Table:
         field = schema.MANIFEST.field(position)
         old = old.set_column(position, field, pa.array(values, field.type))
     return old
+
+
+def in_order(classes: Iterable[str], listed: list[str] | None) -> list[str]:
+    """The classes as a dataset would count them that was always as it is now: of `listed`, else by name."""
+    if listed is None:
+        return datasets.class_names(set(classes))
+    return listed + [name for name in classes if name not in set(listed)]
 
 
 def _classes(before: list[str], listed: list[str] | None, table: pa.Table) -> list[str]:

@@ -43,7 +43,7 @@ def make(
 
     `asked_for` gives `asked`. `load` is called where a run begins, and whatever is refused sooner has been.
     """
-    busy = [path.name for path in run.glob(".lock-*") if locks.is_locked(run, path.name)]
+    busy = busy_shards(run)
     if busy and settings.shard is None:
         raise LockedError(
             f"shards of {storage.to_text(run)} are being scored: {', '.join(busy)}", hint="Wait for them."
@@ -51,9 +51,14 @@ def make(
     if settings.overwrite or not (run / "run.json").exists():
         return _begin(run, settings, asked, dataset, console, load)
     content = _resume(run, settings, asked, dataset, console)
-    if not busy:
+    if not busy_shards(run):  # that takes long: another may have begun since
         storage.remove_temporaries(run, run / "records")
     return content
+
+
+def busy_shards(run: Location) -> list[str]:
+    """The locks of the shards that are being scored."""
+    return [path.name for path in run.glob(".lock-*") if locks.is_locked(run, path.name)]
 
 
 def run_folder(settings: ScanConfig, dataset: datasets.Dataset) -> Location:
@@ -96,7 +101,7 @@ def _clear(run: Location) -> None:
         (run / name).unlink(missing_ok=True)
     for path in run.glob("events-*.jsonl"):
         path.unlink()
-    for part in (run / "records").glob("part-*.parquet"):
+    for part in records.parts(run):
         part.unlink()
 
 
@@ -154,7 +159,6 @@ def _begin(
         },
         "model": {"source": settings.model.source} | classifier.describe(),
         "config": asked,
-        "fingerprint": config.fingerprint([asked, index.digest, config.to_dict(distill), kind]),
         "plan": {
             "device": kind,
             "chunk_size": size,
@@ -166,10 +170,17 @@ def _begin(
         },
         "versions": _versions(),
     }
+    content["fingerprint"] = _fingerprint(content)
     (run / "records").mkdir(exist_ok=True)
     storage.write_json(run / "run.json", content)
     console.say(f"{index.samples} samples in {len(index.classes)} classes -> {storage.to_text(run)}")
     return content
+
+
+def _fingerprint(content: dict[str, Any]) -> str:
+    """Of all that a score depends on."""
+    found = {name: content["plan"][name] for name in ("device", "batch_size", "precision", "head", "layer")}
+    return config.fingerprint([content["config"], content["dataset"]["digest"], found])
 
 
 def resolve(settings: ScanConfig) -> Loaded:
@@ -273,11 +284,9 @@ def _extend(
     moved = about["location"] != dataset.location
     if moved:
         console.warn(f"the dataset of this run was {about['location']}, and is {dataset.location} from now on")
-    found = admitted(dataset, settings.intake)
+    found, listed = admitted(dataset, settings.intake), datasets.classes(dataset)
     with console.progress("comparing", total=None, unit="files") as advance:
-        extended = extension.extend(
-            run, found, about["classes"], datasets.classes(dataset), content["plan"]["chunk_size"], advance
-        )
+        extended = extension.extend(run, found, about["classes"], listed, content["plan"]["chunk_size"], advance)
     index = extended.index
     console.say(f"{extended.fresh} samples are new or changed, {extended.gone} are gone or no longer as they were")
     if not index.samples:
@@ -292,7 +301,9 @@ def _extend(
         return content
     _uncomplete(run)
     about |= {"samples": index.samples, "classes": list(index.classes), "digest": index.digest} | place
+    about["order"] = extension.in_order(index.classes, listed)
     content["plan"]["chunks"] = index.chunks
+    content["fingerprint"] = _fingerprint(content)
     storage.write_json(run / "run.json", content)
     return content
 
@@ -300,11 +311,11 @@ def _extend(
 def with_errors(run: Location) -> set[int]:
     """The chunks whose part holds a sample without a score."""
     found = set()
-    for path in (run / "records").glob("part-*.parquet"):
+    for path in records.parts(run):
         try:
             with path.open("rb") as file:
                 statuses = set(pq.read_table(file, columns=["status"])["status"].to_pylist())
-        except pa.ArrowInvalid:  # damaged: it is scored again anyhow
+        except (OSError, pa.ArrowException):  # damaged: nothing in it has a score
             statuses = {None}
         if statuses - {"ok"}:
             found.add(records.chunk_of(path))

@@ -86,6 +86,15 @@ def chunk_of(part: Location) -> int:
     return int(part.name.removeprefix("part-").removesuffix(".parquet"))
 
 
+def parts(run: Location) -> list[Location]:
+    """All parts that are there now, in their order."""
+    folder = run / "records"
+    if isinstance(folder, UPath):
+        folder.fs.invalidate_cache(folder.path)  # others write there too
+    found: list[Location] = sorted(folder.glob("part-*.parquet"), key=lambda part: part.name)
+    return found
+
+
 def owns_folder(dataset: dict[str, Any]) -> bool:
     """Whether a dataset, as run.json describes it, is all that its location holds.
 
@@ -105,16 +114,16 @@ def load_summary(run: Location) -> dict[str, Any]:
 
 def open_records(run: Location) -> ds.Dataset:
     """The records of a run (schema.RECORDS), lazily: scan, filter and project it without holding it in memory."""
-    parts = _parts(run)
-    remote = [part for part in parts if isinstance(part, UPath)]
+    found = _some_parts(run)
+    remote = [part for part in found if isinstance(part, UPath)]
     if remote:
         return ds.dataset([part.path for part in remote], schema=RECORDS, format="parquet", filesystem=remote[0].fs)
     try:
-        return ds.dataset([str(part) for part in parts], schema=RECORDS, format="parquet")
+        return ds.dataset([str(part) for part in found], schema=RECORDS, format="parquet")
     except UnicodeEncodeError:
         # Arrow's file systems take UTF-8 names alone; an open file has no name.
         layout = ds.ParquetFileFormat()
-        files = [pa.OSFile(os.fsencode(part), mode="rb") for part in parts]  # type: ignore[arg-type]
+        files = [pa.OSFile(os.fsencode(part), mode="rb") for part in found]  # type: ignore[arg-type]
         fragments = [layout.make_fragment(file) for file in files]  # type: ignore[arg-type]
         return ds.FileSystemDataset(fragments, RECORDS, layout)
 
@@ -124,7 +133,7 @@ def read_columns(run: Location, columns: Sequence[str]) -> pa.Table:
 
     Raises InputError where a part is missing, damaged, or lacks a column.
     """
-    return pa.concat_tables([_read(part, columns) for part in _parts(run)])
+    return pa.concat_tables([_read(part, columns) for part in _some_parts(run)])
 
 
 def read_aligned(run: Location, columns: Sequence[str], manifest: Sequence[str] = ()) -> pa.Table:
@@ -172,11 +181,11 @@ def _completed(table: pa.Table, columns: Sequence[str]) -> pa.Table:
     return table
 
 
-def _parts(run: Location) -> list[Location]:
-    parts: list[Location] = sorted((run / "records").glob("part-*.parquet"), key=lambda part: part.name)
-    if not parts:
+def _some_parts(run: Location) -> list[Location]:
+    found = parts(run)
+    if not found:
         raise InputError(f"{to_text(run)} holds no records", hint=_SCAN_HINT)
-    return parts
+    return found
 
 
 def _finish_time(run: Location) -> datetime:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -23,6 +24,7 @@ from cdclean.config import ScanConfig
 from cdclean.console import Console
 from cdclean.engines import Incident
 from cdclean.errors import IncompleteError, OutputError, StoppedError
+from cdclean.labels import model_labels
 from cdclean.metrics import Metrics
 from cdclean.storage import Location
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 _WORTH_STARTING = 1 << 20  # pixels of the model's input: with fewer, processes would hardly be ready in time
 _MANY = _WORTH_STARTING // 32**2  # samples that are worth it with every model but the smallest
+_THREADS = 16  # on remote storage it takes a while until a file answers
 _EARLY = 64  # samples after which the agreement is first looked at
 
 
@@ -137,9 +140,10 @@ def _finish(run: Location, settings: ScanConfig, content: dict[str, Any], consol
     """Sum up, if all chunks have their parts; the last of several shards does it for all."""
     if not _is_done(run):
         sizes = manifest.chunk_sizes(run / "manifest.parquet")
-        missing = sum(not _is_whole(run, chunk, samples) for chunk, samples in sizes.items())
-        if missing:
-            console.say(f"this shard is done; {missing} of {len(sizes)} chunks are left to the others")
+        missing = len(sizes) - len(_whole(run, sizes))
+        if missing or (settings.retry_errors and plan.busy_shards(run)):  # these write parts anew that are whole
+            left = f"{missing} of {len(sizes)} chunks are" if missing else "the rest is"
+            console.say(f"this shard is done; {left} left to the others")
             return
         summary.write(run, content, _log(run, settings))
     damaged = manifest.damaged(run / "manifest.parquet")
@@ -177,16 +181,17 @@ def _score(
     worker = ChunkWorker(
         run=run,
         model=settings.model,
+        weights=model["weights"],
         distill=replace(settings.distill, **{name: planned[name] for name in names}),
         device=devices[0],
         thumbnail_size=settings.thumbnail_size,
         dataset=data["location"],
-        labels=summary.model_labels(data["classes"], model["class_names"], model["classes"]),
+        labels=model_labels(content),
     )
     sizes = manifest.chunk_sizes(run / "manifest.parquet")
     _remove_orphans(run, sizes)
     again = plan.with_errors(run) if settings.retry_errors else set()
-    done = {chunk for chunk, samples in sizes.items() if _is_whole(run, chunk, samples)} - again
+    done = _whole(run, sizes) - again
     index, count = settings.shard or (0, 1)
     pending = {chunk: sizes[chunk] for chunk in sorted(sizes.keys() - done) if chunk % count == index}
     before = sum(sizes[chunk] for chunk in done)
@@ -223,7 +228,7 @@ def _score(
 
 def _remove_orphans(run: Location, sizes: dict[int, int]) -> None:
     """Remove the parts of chunks that have no sample any more."""
-    for path in (run / "records").glob("part-*.parquet"):
+    for path in records.parts(run):
         if records.chunk_of(path) not in sizes:
             path.unlink()
 
@@ -251,10 +256,17 @@ def _numbers(values: list[float]) -> str:
     return ",".join(f"{value:.4g}" for value in values)
 
 
-def _is_whole(run: Location, chunk: int, samples: int) -> bool:
-    """Whether the part of `chunk` is there with all its rows; a damaged one is scored again."""
+def _whole(run: Location, sizes: dict[int, int]) -> set[int]:
+    """Those of the chunks whose part is there with all its rows; a damaged one is scored again."""
+    there = [chunk for part in records.parts(run) if (chunk := records.chunk_of(part)) in sizes]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        rows = pool.map(lambda chunk: _rows(records.part_path(run, chunk)), there)
+        return {chunk for chunk, count in zip(there, rows, strict=True) if count == sizes[chunk]}
+
+
+def _rows(part: Location) -> int | None:
     try:
-        with records.part_path(run, chunk).open("rb") as file:
-            return pq.read_metadata(file).num_rows == samples
+        with part.open("rb") as file:
+            return pq.read_metadata(file).num_rows
     except (OSError, pa.ArrowException):
-        return False
+        return None

@@ -131,7 +131,16 @@ RUN: dict[str, Any] = {
                     "description": "shards or tables, in their order; empty for a folder of images",
                 },
                 "samples": {"type": "integer", "minimum": 1},
-                "classes": {"type": "array", "items": {"type": "string"}},
+                "classes": {
+                    "type": "array",
+                    "items": {"type": "string"},
+                    "description": "of label 0, 1, ...; an extension puts new ones last",
+                },
+                "order": {
+                    "type": "array",
+                    "items": {"type": "string"},
+                    "description": "the same classes in the dataset's own order, where that is another",
+                },
                 "digest": {
                     "type": "string",
                     "description": "SHA-256 over key, size, problem and class of every sample",

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cdclean import config, keylists, verdict
+from cdclean import config, keylists, labels, verdict
 from cdclean.errors import GateError, InputError, OutputError, Status, UsageError
 from cdclean.records import load_run, read_aligned, read_columns
 from cdclean.schema import DECISIONS
@@ -246,13 +246,13 @@ def _scores(run: Location, table: pa.Table, description: dict[str, Any], per: Pe
     norms = table["mask_norm"].to_numpy()
     _check_norms(run, table["key"], norms, scored)
     group, names = np.zeros(len(norms), np.int64), ["dataset"]
-    known = verdict.model_classes(description)
+    known = labels.class_names(description) or ()
     if per != "dataset":
         column = table["class_name" if per == "class" else "prediction"].combine_chunks()
         if scored.any() and column.filter(pa.array(scored)).null_count == scored.sum():
             raise UsageError(f"no sample of {to_text(run)} has a {per}", hint="Leave out --per.")
         encoded: Any = column.dictionary_encode()
-        names = [verdict.class_name(value, known) for value in encoded.dictionary.to_pylist()]
+        names = [labels.class_name(value, known) for value in encoded.dictionary.to_pylist()]
         group = pc.fill_null(encoded.indices, len(names)).to_numpy().astype(np.int64)
         names.append(f"no {per}")
     return _Scores(table["key"], norms, scored, group, names)

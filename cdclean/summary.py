@@ -13,6 +13,7 @@ from cdclean import events, records, schema, storage
 from cdclean.console import Console, duration, printable
 from cdclean.errors import GateError
 from cdclean.events import Log
+from cdclean.labels import model_labels
 from cdclean.storage import Location
 
 # Below this share of predictions that equal the label, a model says little about the data.
@@ -49,18 +50,9 @@ def write(run: Location, content: dict[str, Any], log: Log) -> None:
         pass
 
 
-def model_labels(classes: list[str], names: list[str] | None, count: int) -> tuple[int | None, ...] | None:
-    """The model's class for each class of the dataset: by name, or by position if there are as many."""
-    if names and not set(names).isdisjoint(classes):
-        position = {name: index for index, name in enumerate(names)}
-        return tuple(position.get(name) for name in classes)
-    return tuple(range(count)) if count == len(classes) else None
-
-
 def _agreement(scored: pa.Table, content: dict[str, Any]) -> float | None:
     """The share of predictions that equal the label, over the samples where both are known; None where none are."""
-    model, data = content["model"], content["dataset"]
-    labels = model_labels(data["classes"], model["class_names"], model["classes"])
+    labels = model_labels(content)
     if labels is None or scored["label"].null_count == scored.num_rows:
         return None
     expected = pc.take(pa.array(labels, pa.int64()), scored["label"])
@@ -123,7 +115,7 @@ def warn_of_disagreement(share: float, content: dict[str, Any], console: Console
 def _warn_of_classes(content: dict[str, Any], console: Console) -> None:
     """Say that nothing was compared, where that is because the model has other classes than the dataset."""
     model, classes = content["model"], content["dataset"]["classes"]
-    if classes and model["classes"] and model_labels(classes, model["class_names"], model["classes"]) is None:
+    if classes and model["classes"] and model_labels(content) is None:
         console.warn(
             f"labels were not compared with predictions: the dataset has {len(classes)} classes, "
             f"the model {model['classes']}{_splits(content)}"

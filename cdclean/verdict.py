@@ -31,6 +31,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cdclean.errors import InputError, Status
+from cdclean.labels import class_name, class_names
 from cdclean.margins import DOUBTFUL, SEPARATE, gather
 from cdclean.records import load_run, load_summary, read_aligned
 from cdclean.separation import Split, separate
@@ -110,7 +111,7 @@ def judge(run: Location) -> Verdict:
         raise InputError(f"{to_text(run)} is damaged: a mask_norm is not a number", hint="Scan again.")
     column = "label" if rows["prediction"].null_count else "prediction"
     known = not rows[column].null_count
-    names = description["dataset"]["classes"] if column == "label" else model_classes(description)
+    names = description["dataset"]["classes"] if column == "label" else class_names(description) or ()
     margin = rows["margin"].to_numpy().astype(np.float64)  # null: nan
     sure = None if np.isnan(margin).any() else margin
     if agreement is not None and agreement < AGREEMENT:
@@ -145,13 +146,6 @@ def _originals(hashes: pa.ChunkedArray[Any]) -> Integers:
     known: Any = pc.index_in(hashes, value_set=hashes)
     rows = np.arange(len(hashes))
     return np.where(pc.is_valid(hashes).to_numpy(), known.to_numpy(), rows).astype(np.int64)
-
-
-def model_classes(description: dict[str, Any]) -> list[str]:
-    """Names of the model's classes: its own, else those of a dataset with as many, else numbers."""
-    model, data = description["model"], description["dataset"]
-    own = model["class_names"] or (data["classes"] if len(data["classes"]) == model["classes"] else None)
-    return list(own) if own else [str(index) for index in range(model["classes"])]
 
 
 def decide(
@@ -313,9 +307,3 @@ def _backdoor(
 
 def _gathering(of: int, members: Integers, classes: Integers, names: Sequence[str]) -> Gathering:
     return Gathering(of, class_name(of, names), len(members), len(members) / int((classes == of).sum()))
-
-
-def class_name(value: int | str, names: Sequence[str]) -> str:
-    """The name of a class: `value` where it is one, else what stands at that index in `names`, else the number."""
-    known = isinstance(value, int | np.integer) and 0 <= value < len(names)
-    return names[value] if known else str(value)  # type: ignore[index]

@@ -37,6 +37,7 @@ ROOMS: dict[str, set[str]] = {
     "records": {"errors", "schema", "storage"},
     "events": {"errors", "locks", "manifest", "records", "storage"},
     "metrics": {"errors"},
+    "labels": set(),
     "extension": {"datasets", "manifest", "records", "schema", "storage"},
     # scoring
     "answers": {"config", "errors"},
@@ -64,24 +65,25 @@ ROOMS: dict[str, set[str]] = {
         "pixels",
     }
     | {"records", "schema", "storage"},
-    "summary": {"console", "errors", "events", "records", "schema", "storage"},
+    "summary": {"console", "errors", "events", "labels", "records", "schema", "storage"},
     "plan": {"answers", "checkpoints", "chunk", "config", "console", "datasets", "devices", "errors", "extension"}
     | {"memory", "models"}
     | FOLDER,
-    "run": {"chunk", "config", "console", "datasets", "devices", "engines", "errors", "metrics", "plan"} | FOLDER,
+    "run": {"chunk", "config", "console", "datasets", "devices", "engines", "errors", "labels", "metrics", "plan"}
+    | FOLDER,
     "examples": {"config", "console", "datasets", "errors", "images", "storage"},
     "training": {"checkpoints", "config", "console", "datasets", "devices", "errors", "examples", "models"}
     | {"networks", "storage"},
     # deciding
     "margins": set(),
     "separation": {"margins"},
-    "verdict": {"errors", "margins", "records", "separation", "storage", "summary"},
+    "verdict": {"errors", "labels", "margins", "records", "separation", "storage", "summary"},
     "keylists": {"errors", "storage"},
-    "selection": {"config", "errors", "keylists", "records", "schema", "storage", "verdict"},
+    "selection": {"config", "errors", "keylists", "labels", "records", "schema", "storage", "verdict"},
     "exporting": {"datasets", "errors", "locks", "records", "schema", "storage"},
     "evaluation": {"errors", "records", "storage"},
-    "bias": {"console", "errors", "records", "storage"},
-    "report": {"bias", "config", "errors", "records", "storage", "summary", "verdict"},
+    "bias": {"console", "errors", "labels", "records", "storage"},
+    "report": {"bias", "config", "errors", "labels", "records", "storage", "summary", "verdict"},
     # the surface
     "show": {"checkpoints", "chunk", "config", "datasets", "devices", "errors", "images", "manifest", "models"}
     | {"storage"},
@@ -96,7 +98,7 @@ ROOMS: dict[str, set[str]] = {
 # Rooms that work on a machine without torch.
 TORCHLESS = ["config", "schema", "storage", "console", "datasets", "manifest", "records", "events", "summary"]
 TORCHLESS += ["locks", "metrics", "extension", "engines", "verdict", "selection", "exporting", "evaluation", "bias"]
-TORCHLESS += ["keylists", "margins", "report", "separation"]
+TORCHLESS += ["keylists", "labels", "margins", "report", "separation"]
 TORCH = {"torch", "torchvision", "timm", "safetensors"}
 # What must not be loaded to print a help text.
 SLOW = TORCH | {"sklearn", "scipy", "numpy", "pyarrow", "PIL"}

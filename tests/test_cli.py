@@ -203,8 +203,8 @@ def test_settings_come_from_flag_then_variable_then_file(place: Path) -> None:
 
 def test_one_value_in_a_file_for_an_option_that_takes_several(place: Path) -> None:
     (place / "cdclean.toml").write_text('[scan]\ninclude = "[ab]/*"\nexclude = ["b/*", "*/000.png"]\n')
-    command = ["scan", "data", "--model", "test_resnet.pt", "--input-size", 32, "--steps", 1, "--config", "cdclean.toml"]
-    done = cdclean(*command, "--out", "x.cdclean", cwd=place)
+    command = ["scan", "data", "--model", "test_resnet.pt", "--input-size", 32, "--steps", 1]
+    done = cdclean(*command, "--config", "cdclean.toml", "--out", "x.cdclean", cwd=place)
     assert done.returncode == 0, done.stderr
     assert rows(place / "x.cdclean")["key"].to_pylist() == [f"a/{index:03}.png" for index in range(1, 8)]
 

@@ -11,14 +11,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from PIL import Image
 
-from cdclean import manifest
+from cdclean import manifest, schema
 from cdclean.config import DistillConfig, Intake, ModelSpec, ScanConfig
 from cdclean.console import Console
 from cdclean.datasets import open_dataset
 from cdclean.datasets.intake import admitted
 from cdclean.errors import ChangedRunError, IncompleteError, OutputError, UsageError
-from cdclean.records import load_run
+from cdclean.records import load_run, load_summary
 from cdclean.run import scan
 from tests.packings import PACKINGS, SIZE, folder, listing, parquet, pictures, shards
 
@@ -127,6 +129,53 @@ def test_an_extension_that_is_cut_short_is_made_by_the_same_command(
     assert_as_if_new(run, settings, tmp_path / "fresh")
 
 
+def test_what_a_cut_extension_left_is_not_taken_for_the_scores_of_others(
+    settings: ScanConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, images = Path(str(settings.dataset)), pictures(8)
+    run = scan(settings)
+    for key in list(pictures(4))[10:]:  # all of the last chunk
+        (data / key).unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("cdclean.run._score", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            scan(replace(settings, extend=True))
+    assert (run / "records" / "part-00002.parquet").exists()
+    folder(data, {key: images[key] for key in ("c/006.png", "c/007.png")})  # as many as were in it
+    scan(replace(settings, extend=True))
+    assert set(rows(run)) == {row["key"] for row in pq.read_table(run / "manifest.parquet").to_pylist()}
+
+
+class Seeing(torch.nn.Module):
+    """Sees red in class a, green in b, blue in c."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(50.0))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = self.scale * images.mean((2, 3))
+        return answer
+
+
+def test_a_class_that_comes_later_is_the_one_that_the_model_knows_by_its_place(
+    settings: ScanConfig, tmp_path: Path
+) -> None:
+    torch.save(Seeing().state_dict(), tmp_path / "seeing.pt")
+    model = ModelSpec(str(tmp_path / "seeing.pt"), "tests.test_extension:Seeing", (SIZE, SIZE), (0,) * 3, (1,) * 3)
+    data = tmp_path / "colours"
+    settings = replace(settings, dataset=str(data), model=model, distill=DistillConfig(steps=1, head="softmax"))
+    for classes in ("bc", "abc"):
+        for name in classes:
+            (data / name).mkdir(parents=True, exist_ok=True)
+            for index in range(3):
+                colour = [200 + 10 * index if "abc"[channel] == name else 0 for channel in range(3)]
+                Image.new("RGB", (SIZE, SIZE), tuple(colour)).save(data / name / f"{index}.png")
+        run = scan(replace(settings, extend=classes == "abc"))
+    assert load_run(run)["dataset"]["classes"] == ["b", "c", "a"]
+    assert load_summary(run)["agreement"] == 1.0
+
+
 def test_any_sequence_of_changes(settings: ScanConfig, tmp_path: Path) -> None:
     data = Path(str(settings.dataset))
     generator = random.Random(0)
@@ -159,9 +208,16 @@ def test_what_has_no_score_is_tried_again_only_when_asked(settings: ScanConfig, 
     assert {name for name in old if old[name] != new[name]} == {"part-00001.parquet"}, "only its chunk is written again"
     part = run / "records" / "part-00000.parquet"
     before = rows(run)
-    part.write_bytes(part.read_bytes()[:100])  # damaged: neither read nor in the way
-    scan(replace(settings, retry_errors=True))
-    assert rows(run) == before
+    whole_part = part.read_bytes()
+    column = pq.read_metadata(part).row_group(0).column(schema.RECORDS.names.index("status"))
+    start = column.dictionary_page_offset or column.data_page_offset
+    pages = slice(start + 20, start + column.total_compressed_size)
+    spoilt = bytearray(whole_part)
+    spoilt[pages] = bytes(0xFF ^ byte for byte in spoilt[pages])  # its footer is whole, as is what resumes
+    for damaged in (whole_part[:100], bytes(spoilt)):  # neither read nor in the way
+        part.write_bytes(damaged)
+        scan(replace(settings, retry_errors=True))
+        assert rows(run) == before
     path.unlink()
     path.write_bytes(whole)
     run = scan(replace(settings, extend=True))

@@ -24,7 +24,8 @@ import timm
 import torch
 from PIL import Image
 
-from cdclean import events, locks, manifest, records, schema, storage
+from cdclean import events, locks, manifest, plan, records, schema, storage
+from cdclean.chunk import classifier_on
 from cdclean.config import DistillConfig, ModelSpec, ScanConfig
 from cdclean.console import Console
 from cdclean.datasets import classes, open_dataset, samples
@@ -220,6 +221,27 @@ def test_killed_at_random_moments_it_ends_with_the_same_records(
         assert last.returncode == 0
     assert rows(run).equals(whole)
     assert not any(storage.is_temporary(path) for path in run.rglob("*"))
+
+
+def test_a_worker_that_finds_other_weights_scores_nothing(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a node that has another file under the same path, or where the file was replaced since the run began."""
+    path = tmp_path / "test_resnet.pt"
+    torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), path)
+    resolve = plan.resolve
+
+    def replaced(asked: ScanConfig) -> plan.Loaded:
+        loaded = resolve(asked)
+        torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), path)
+        classifier_on.cache_clear()
+        return loaded
+
+    monkeypatch.setattr(plan, "resolve", replaced)
+    run = tmp_path / "x.cdclean"
+    with pytest.raises(ModelError, match="other weights"):
+        scan(settings(dataset, path, run))
+    assert not list((run / "records").iterdir())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -19,16 +19,19 @@ import timm
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from cdclean import devices, engines, events, locks, run
+from cdclean import devices, engines, events, locks, schema
+from cdclean import run as run_module
 from cdclean.config import DistillConfig, Intake, ModelSpec, ScanConfig
 from cdclean.datasets import Dataset
 from cdclean.engines import local
 from cdclean.engines.local import Spare
 from cdclean.errors import ChangedRunError, IncompleteError, LockedError, ModelError, UsageError
+from cdclean.records import load_summary
 from cdclean.run import scan
 from tests.packings import SIZE, folder, pictures
 
 ROOT = Path(__file__).parents[1]
+_GIVEN = ("key", "url", "label", "class_name", "bytes")
 
 
 @pytest.fixture
@@ -83,6 +86,31 @@ def test_shards_at_the_same_time(settings: ScanConfig, tmp_path: Path) -> None:
     assert rows(run).equals(whole)
 
 
+def test_the_last_of_several_shards_that_try_again_sums_up(
+    settings: ScanConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their parts are all there before they are written anew, so none of them is missing to the first one."""
+    run = scan(settings)
+    for part in (run / "records").glob("part-*.parquet"):
+        failed = [dict.fromkeys(row) | {name: row[name] for name in _GIVEN} for row in pq.read_table(part).to_pylist()]
+        failed = [row | {"status": "oom", "error": "out of memory"} for row in failed]
+        pq.write_table(pa.Table.from_pylist(failed, schema=schema.RECORDS), part)
+    again, score = replace(settings, retry_errors=True), run_module._score
+    states = []
+
+    def other_first(place: Any, its: ScanConfig, *rest: Any) -> None:
+        if its.shard == (1, 2):
+            scan(replace(again, shard=(0, 2)))
+            states.append(events.status(run).state)
+        score(place, its, *rest)
+
+    monkeypatch.setattr(run_module, "_score", other_first)
+    scan(replace(again, shard=(1, 2)))
+    assert states == ["running"]
+    assert set(rows(run)["status"].to_pylist()) == {"ok"}
+    assert load_summary(run)["status"] == {"ok": 24}
+
+
 def test_shards_and_the_whole_keep_out_of_each_others_way(settings: ScanConfig) -> None:
     run = Path(str(settings.out))
     scan(replace(settings, shard=(0, 2)))
@@ -133,7 +161,7 @@ def test_processes_are_started_ahead_where_many_are_needed(
         return local.started_ahead(count, module)
 
     monkeypatch.setattr(devices, "cores", lambda: 3)
-    monkeypatch.setattr(run, "_MANY", many)  # of 24 samples
+    monkeypatch.setattr(run_module, "_MANY", many)  # of 24 samples
     monkeypatch.setattr(engines, "started_ahead", started_ahead)
     settings = replace(settings, **changes)
     scan(settings)

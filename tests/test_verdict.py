@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cdclean.errors import IncompleteError, InputError
-from cdclean.verdict import Gathering, Verdict, class_name, decide, judge, model_classes
+from cdclean.verdict import Gathering, Verdict, decide, judge
 from tests.runs import SIZE, write_run
 
 Scores = tuple[np.ndarray, np.ndarray, np.ndarray]  # density, class, margin
@@ -320,16 +320,6 @@ def test_of_many_classes_only_the_striking_ones_are_fitted() -> None:
     assert verdict.outcome == "backdoor"
     assert [each.index for each in verdict.classes] == [7, 11]
     assert "of class 7, " in verdict.sentence
-
-
-def test_names_of_classes() -> None:
-    description = {"model": {"classes": 2, "class_names": None}, "dataset": {"classes": ["cat", "dog"]}}
-    assert model_classes(description) == ["cat", "dog"]
-    description["dataset"] = {"classes": ["cat"]}
-    assert model_classes(description) == ["0", "1"]
-    description["model"] = {"classes": 2, "class_names": ["a", "b"]}
-    assert model_classes(description) == ["a", "b"]
-    assert [class_name(value, ["a", "b"]) for value in (1, 2, -1, "owl")] == ["b", "2", "-1", "owl"]
 
 
 # --- A run ---

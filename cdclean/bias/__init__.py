@@ -32,6 +32,7 @@ import pyarrow.compute as pc
 from cdclean.bias.attributes import Attribute, Attributes, Skipped, encode, read_attributes
 from cdclean.bias.text import sentence, table
 from cdclean.errors import InputError, Status, UsageError
+from cdclean.labels import class_names
 from cdclean.records import load_run, read_columns
 from cdclean.storage import Location, to_text
 
@@ -208,8 +209,7 @@ def _read_run(run: Location) -> tuple[pa.Table, dict[str, Any]]:
         raise InputError(f"no sample of {to_text(run)} has a score", hint="The column `error` of its records says why.")
     if not np.isfinite(scored["mask_norm"].to_numpy()).all():
         raise InputError(f"{to_text(run)} is damaged: a mask_norm is not a number", hint="Scan again.")
-    model, classes = about["model"], about["dataset"]["classes"]
-    names = model["class_names"] or (classes if model["classes"] == len(classes) else [])
+    names = class_names(about) or []
     prediction: Any = scored["prediction"]
     # An index beyond the names has none: it stays a number.
     numbers = [str(index) for index in range(len(names), 1 + (pc.max(prediction).as_py() or 0))]

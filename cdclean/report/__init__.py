@@ -15,6 +15,7 @@ import numpy as np
 from cdclean import __version__, records
 from cdclean.config import fingerprint
 from cdclean.errors import UsageError
+from cdclean.labels import class_names
 from cdclean.report import commands, figures, gathering, places
 from cdclean.report.figures import CutOff, Histogram, percent
 from cdclean.report.gathering import ClassTable, Decided, Item, Mask, Names, Rows, Samples, State
@@ -87,11 +88,12 @@ def _context(
 ) -> dict[str, Any]:
     """The template's variables."""
     summary = records.load_summary(run)
+    agreement = summary["agreement"]
     samples = gathering.read_samples(run, content)
     decided = gathering.read_decisions(run, samples)
     marked = samples.scored & (verdict.suspects if decided is None else ~decided.keep)
     cutoffs = _cutoffs(verdict, decided)
-    names = gathering.class_names(content)
+    names = class_names(content)
     comparable = set(names or ()).intersection(content["dataset"]["classes"])
     predicted = gathering.predicted_names(samples, names)
     galleries = []
@@ -111,7 +113,7 @@ def _context(
         "verdict": verdict,
         "evidence": [(_EVIDENCE.get(name, name), f"{value:.4g}") for name, value in verdict.evidence.items()],
         "decided": decided,
-        "disagreement": summary["agreement"] if (summary["agreement"] or 1) < AGREEMENT else None,
+        "disagreement": agreement if agreement is not None and agreement < AGREEMENT else None,
         "words": {
             "outcome": _OUTCOMES[verdict.outcome],
             "marked": "dropped" if decided else "suspects",

@@ -148,7 +148,9 @@ def read_decisions(run: Location, samples: Samples) -> Decided | None:
     except (OSError, pa.ArrowException, ValueError) as error:
         raise InputError(f"cannot read {to_text(path)}: {error}", hint=again) from error
     keep = records.align(table, samples.table["key"], to_text(path), again)["keep"].to_numpy()
-    cutoff = facts.get("cutoff") or max((facts.get("cutoffs") or {}).values(), default=None)
+    cutoff = facts.get("cutoff")
+    if cutoff is None:
+        cutoff = max((facts.get("cutoffs") or {}).values(), default=None)
     return Decided(
         rule=str(facts.get("rule", "by a rule that was not written down")),
         cutoff=None if cutoff is None else cutoff / samples.pixels,
@@ -197,14 +199,6 @@ def class_table(samples: Samples, names: Names, marked: Mask) -> ClassTable | No
         for index in order[:CLASSES]
     ]
     return ClassTable(table, max(0, classes - CLASSES), few, marks)
-
-
-def class_names(content: dict[str, Any]) -> list[str] | None:
-    """Names of the model's classes: its own, or the dataset's where there are as many; else None."""
-    model, classes = content["model"], list(content["dataset"]["classes"])
-    if model["class_names"]:
-        return list(model["class_names"])
-    return classes if classes and len(classes) == model["classes"] else None
 
 
 def predicted_names(samples: Samples, names: list[str] | None) -> Names:
