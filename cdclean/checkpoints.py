@@ -19,14 +19,14 @@ import re
 import sys
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from cdclean import __version__, storage
-from cdclean.config import ModelSpec, Resize
+from cdclean.config import INTERPOLATIONS, ModelSpec, Resize
 from cdclean.errors import ModelError
 from cdclean.storage import to_text as shown
 
@@ -345,19 +345,30 @@ def _metadata(holder: Mapping[str, Any], path: Path) -> Metadata:
     own = holder.get("cdclean")
     if own is None:
         arguments = holder.get("args")
-        own = dict(vars(arguments)) if isinstance(arguments, argparse.Namespace) else {}
-        size = own.get("img_size")
-        if own.get("input_size"):  # timm's is channels, height, width
-            own["input_size"] = own["input_size"][-2:]
-        elif size:
-            own["input_size"] = (size, size)
-        own.pop("class_names", None)
+        own = _usable(vars(arguments)) if isinstance(arguments, argparse.Namespace) else {}
         named = holder.get("arch") or holder.get("architecture")
         own["arch"] = named if isinstance(named, str) else None
     try:
         return parse_metadata(own)
     except (TypeError, ValueError, OverflowError, AttributeError) as error:
         raise ModelError(f"{shown(path)} describes itself in a way that cannot be used: {error}") from error
+
+
+def _usable(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What a training script was called with, as far as it says what images the network was shown.
+
+    Scripts use these names for other things, too: what makes no sense here is not said.
+    """
+    found: dict[str, Any] = {}
+    for name in ("img_size", "input_size", "in_chans", "mean", "std", "crop_pct", "crop_mode", "interpolation"):
+        value = arguments.get(name)
+        if name in ("img_size", "input_size"):  # one number, or timm's channels, height, width
+            name, value = "input_size", (value, value) if isinstance(value, int) else value
+            value = value[-2:] if isinstance(value, Sequence) else value
+        with suppress(TypeError, ValueError, OverflowError):
+            parse_metadata({name: value})
+            found |= {name: value} if value else {}
+    return found
 
 
 def parse_metadata(values: Mapping[str, Any]) -> Metadata:
@@ -372,6 +383,8 @@ def parse_metadata(values: Mapping[str, Any]) -> Metadata:
     size = tuple(int(side) for side in held["input_size"]) if "input_size" in held else None
     if size is not None and (len(size) != 2 or min(size) < 1):
         raise ValueError(f"input_size must be a height and a width, not {held['input_size']!r}")
+    if held.get("interpolation", "bicubic") not in INTERPOLATIONS:
+        raise ValueError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}, not {held['interpolation']!r}")
     if held.get("crop_mode", "center") not in get_args(Resize):
         raise ValueError(f"crop_mode must be one of {', '.join(get_args(Resize))}, not {held['crop_mode']!r}")
     return Metadata(

@@ -34,6 +34,9 @@ INDEPENDENT: tuple[Head, ...] = ("sigmoid", "sigmoid-probabilities")  # heads wh
 AREA_COST: dict[str, float] = {"probabilities": 6.0, "logits": 0.5, "features": 0.5}
 
 
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")  # that timm.data knows
+
+
 @dataclass(frozen=True)
 class Geometry:
     """What the model wants to see: channels, height and width in pixels, and how an image is brought to that."""
@@ -41,7 +44,7 @@ class Geometry:
     channels: int
     height: int
     width: int
-    interpolation: str = "bicubic"  # a name timm.data knows
+    interpolation: str = "bicubic"  # one of INTERPOLATIONS
     crop_pct: float = 1.0  # the share of the resized image that the crop keeps, per side
     crop_mode: Resize = "center"
 

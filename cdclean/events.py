@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -41,8 +42,10 @@ class Log:
 
     def _write(self, path: Location, event: str, line: str) -> None:
         if isinstance(path, Path):
-            with path.open("a") as file:
-                file.write(line)
+            with path.open("ab+") as file:
+                if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+                    line = f"\n{line}"  # the disk was full, or the process was killed, in the middle of the last one
+                file.write(line.encode())
             return
         if self._lines is None:
             self._lines = [json.dumps(old) + "\n" for old in _read(path)]

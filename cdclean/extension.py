@@ -46,7 +46,7 @@ def extend(
     chunk_size: int,
     advance: Callable[[int], object],
 ) -> Extension:
-    """Bring manifest.parquet up to `samples`, which list the dataset as it is now.
+    """Bring manifest.parquet up to `samples`, which list the dataset as it is now; where they are none, leave it.
 
     Class names `before` keep their labels; those that are new (of `listed`, or in the samples) come after them.
     Fresh samples make chunks of their own, after the others.
@@ -59,7 +59,8 @@ def extend(
     moved: dict[int, Sample] = {}
     fresh: list[pa.Table] = []
     # Not the number of a part that an extension cut short has left: it would pass for that of other samples.
-    first = max(int(old["chunk"].to_numpy().max()), *map(records.chunk_of, records.parts(run))) + 1
+    numbers = [*np.unique(old["chunk"].to_numpy()).tolist(), *map(records.chunk_of, records.parts(run))]
+    first = max(numbers, default=-1) + 1
     count = 0
     with ThreadPoolExecutor(_THREADS) as pool:
         for batch in manifest.batched(samples):
@@ -75,7 +76,7 @@ def extend(
     table = pa.concat_tables([_relocated(old, moved).filter(pa.array(kept)), *fresh])
     classes = _classes(before, listed, table)
     gone = int((~kept).sum())
-    if count or gone or moved:
+    if table.num_rows and (count or gone or moved):  # a run of nothing is none: what was there stays
         manifest.write_labelled(path, [table], classes)
     digest = manifest.Digest()
     for part in table.to_batches(max_chunksize=1 << 16):

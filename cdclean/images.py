@@ -27,7 +27,7 @@ from PIL import (
 from timm.data.constants import IMAGENET_DEFAULT_MEAN
 from timm.data.transforms_factory import create_transform
 
-from cdclean.config import Geometry
+from cdclean.config import INTERPOLATIONS, Geometry
 from cdclean.errors import ModelError, SampleError, Status
 
 MAX_PIXELS = 1024**3 // 4 // 3  # 89 million, Pillow's own limit: 1/4 GiB of RGB
@@ -37,7 +37,6 @@ Transform = Callable[[Image.Image], torch.Tensor]
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM")
 _MODES = {1: "L", 3: "RGB"}
-_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 _CROP_MODES = ("center", "squash", "border")
 _SIGNATURES = {
     b"\xff\xd8\xff": "JPEG",
@@ -77,9 +76,9 @@ def make_transform(geometry: Geometry, mean: Sequence[float] | None = None) -> T
         )
     if geometry.height < 1 or geometry.width < 1:
         raise ModelError(f"the model's input size is {geometry.height} x {geometry.width} pixels; both must be above 0")
-    if geometry.interpolation not in _INTERPOLATIONS:
+    if geometry.interpolation not in INTERPOLATIONS:
         raise ModelError(
-            f"the model asks for interpolation {geometry.interpolation!r}; known are {', '.join(_INTERPOLATIONS)}"
+            f"the model asks for interpolation {geometry.interpolation!r}; known are {', '.join(INTERPOLATIONS)}"
         )
     if geometry.crop_mode not in _CROP_MODES:
         raise ModelError(f"the crop mode is {geometry.crop_mode!r}; known are {', '.join(_CROP_MODES)}")

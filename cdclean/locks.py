@@ -3,12 +3,13 @@
 A kernel's lock ends with its process, so a dead one's is free at once. On NFS it is as good as the server's locking;
 without it nothing is lost, for parts are renamed into place whole and two writers would write the same ones.
 A lease is an object that names its holder and is written again every half minute. It is taken over when its process
-is dead on this host, or when it has not been renewed for five minutes by the storage's clock.
+is dead on this host, or when it has not been renewed for five minutes by the storage's clock, which a new object tells.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import threading
@@ -22,8 +23,8 @@ from typing import Any
 import filelock
 from upath import UPath
 
-from cdclean.errors import LockedError
-from cdclean.storage import Location, to_text
+from cdclean.errors import LockedError, OutputError
+from cdclean.storage import Location, answering, to_text
 
 _RENEW = 30.0  # seconds
 _STALE = 300.0
@@ -41,7 +42,7 @@ def is_locked(folder: Location, name: str = ".lock") -> bool:
     """Whether a process holds `folder`/`name`."""
     if not isinstance(folder, Path):
         holder = _holder(folder / name)
-        return holder is not None and not _is_abandoned(holder)
+        return holder is not None and not _is_abandoned(holder) and time.time() - holder["renewed"] < _STALE
     if not (folder / name).exists():
         return False
     held = filelock.FileLock(folder / name)
@@ -82,7 +83,7 @@ def _kernel_lock(path: Path, wait: float) -> Iterator[None]:
 def _lease(path: UPath, wait: float) -> Iterator[None]:
     mine = {"token": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
     deadline = time.monotonic() + wait
-    while not _take(path, mine):
+    while not _taken(path, mine):
         if time.monotonic() >= deadline:
             holder = _holder(path) or {}
             raise _locked(path, f"process {holder.get('pid', '?')} on {holder.get('host', 'another host')}")
@@ -100,16 +101,24 @@ def _lease(path: UPath, wait: float) -> Iterator[None]:
                 path.unlink(missing_ok=True)
 
 
+def _taken(path: UPath, mine: dict[str, Any]) -> bool:
+    try:
+        return _take(path, mine)
+    except OSError as error:
+        raise OutputError(f"cannot write {to_text(path)}: {error.strerror or error}") from error
+
+
 def _take(path: UPath, mine: dict[str, Any]) -> bool:
     holder = _holder(path)
     if holder is not None:
-        if not _is_abandoned(holder):
+        if not _is_abandoned(holder) and not _is_stale(path, holder):
             return False
         if (_holder(path) or {}).get("token") == holder["token"]:  # nobody else has taken it over since
             path.unlink(missing_ok=True)
     data = json.dumps(mine).encode()
     try:
-        path.fs.pipe_file(path.path, data, mode="create")  # refused where there is one
+        with answering():
+            path.fs.pipe_file(path.path, data, mode="create")  # refused where there is one
     except FileExistsError:
         return False
     except (NotImplementedError, TypeError, ValueError):  # storage without such a condition
@@ -120,16 +129,22 @@ def _take(path: UPath, mine: dict[str, Any]) -> bool:
 
 
 def _holder(path: UPath) -> dict[str, Any] | None:
-    """Who holds the lease: what the object says, and `age`, the seconds since it was renewed."""
+    """Who holds the lease: what the object says, and when it was `renewed`, in seconds of the storage's clock."""
     try:
-        holder: dict[str, Any] = json.loads(path.read_bytes())
-        path.fs.invalidate_cache()
-        renewed = path.stat().st_mtime
+        with answering():
+            holder: dict[str, Any] = json.loads(path.read_bytes())
+            renewed = _written(path)
     except FileNotFoundError:
         return None
-    except ValueError:
-        return {"token": "", "host": "", "pid": 0, "age": 0.0}  # not ours, or half read: somebody's in any case
-    return holder | {"age": time.time() - renewed if renewed else 0.0}
+    except ValueError:  # not ours, or half read: somebody's in any case
+        return {"token": "", "host": "", "pid": 0, "renewed": math.inf}
+    return holder | {"renewed": renewed}
+
+
+def _written(path: UPath) -> float:
+    """When the object was written last; never, where the storage does not say."""
+    path.fs.invalidate_cache()
+    return path.stat().st_mtime or math.inf
 
 
 def _is_abandoned(holder: dict[str, Any]) -> bool:
@@ -140,10 +155,25 @@ def _is_abandoned(holder: dict[str, Any]) -> bool:
             return True
         except OSError:
             pass  # it is somebody else's process
-    return float(holder["age"]) > _STALE
+    return False
+
+
+def _is_stale(path: UPath, holder: dict[str, Any]) -> bool:
+    """Whether the lease has not been renewed for too long: this host's clock may be wrong, so the storage is asked."""
+    if time.time() - holder["renewed"] < _STALE / 2:
+        return False
+    probe = path.with_name(f".lock.{uuid.uuid4().hex}")
+    with answering():
+        probe.write_bytes(b"")
+        now = _written(probe)
+        probe.unlink()
+    return now - float(holder["renewed"]) > _STALE
 
 
 def _renew(path: UPath, mine: dict[str, Any], released: threading.Event) -> None:
     while not released.wait(_RENEW):
-        with suppress(OSError):  # tried again in half a minute; there are ten tries before the lease is stale
+        with suppress(OSError), answering():  # tried again in half a minute: ten times before the lease is stale
+            holder = _holder(path)
+            if holder is not None and holder["token"] != mine["token"]:
+                return  # this process was paused for so long that another has it now
             path.write_bytes(json.dumps(mine).encode())

@@ -207,9 +207,10 @@ def _build(make: Callable[[], Any], name: str, arguments: Mapping[str, Any]) -> 
 def _fill(network: nn.Module, state: dict[str, Tensor], path: Path, architecture: str) -> None:
     """Load `state` into `network`, every tensor of both. Raises ModelError naming those that do not fit."""
     built = network.state_dict()
-    missing = [name for name in built.keys() - state.keys() if not name.endswith("num_batches_tracked")]
+    counts = {name for name in built if name.endswith("num_batches_tracked")}  # no answer depends on these
+    missing = list(built.keys() - state.keys() - counts)
     unexpected = list(state.keys() - built.keys())
-    others = [name for name in state.keys() & built.keys() if _kind(state[name]) != _kind(built[name])]
+    others = [name for name in state.keys() & built.keys() - counts if _kind(state[name]) != _kind(built[name])]
     shapes = [f"{name} ({_kind(state[name])} in the file, {_kind(built[name])} in the network)" for name in others]
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
     listed = [f"{len(names)} {what}: {_some(names)}" for what, names in problems.items() if names]

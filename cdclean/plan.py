@@ -6,6 +6,7 @@ is never continued with other settings.
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +22,7 @@ from cdclean import __version__, config, datasets, events, extension, locks, man
 from cdclean.checkpoints import identity
 from cdclean.config import DistillConfig, ScanConfig
 from cdclean.console import Console
-from cdclean.datasets.intake import admitted
+from cdclean.datasets.intake import admitted, is_named
 from cdclean.errors import ChangedRunError, IncompleteError, LockedError, UsageError
 from cdclean.storage import Location
 
@@ -232,6 +233,8 @@ def _resume(
     if settings.extend:  # then the dataset may be another
         old, asked = ({name: value for name, value in each.items() if name != "dataset"} for each in (old, asked))
     lines = config.difference(old, asked)
+    if settings.extend:
+        lines += _not_extended(run, settings, content, dataset)
     plan = content["plan"]
     if settings.chunk_size not in (None, plan["chunk_size"]):
         lines.append(f"chunk_size: {plan['chunk_size']} in the run, {settings.chunk_size} now")
@@ -267,6 +270,22 @@ def _resume(
     done = (run / "_SUCCESS").exists()
     console.say(f"{storage.to_text(run)} is complete already" if done else f"resuming {storage.to_text(run)}")
     return content
+
+
+def _not_extended(run: Location, settings: ScanConfig, content: dict[str, Any], dataset: datasets.Dataset) -> list[str]:
+    """Why what is asked for does not extend a run: a dataset of another kind, or less of it than the run has."""
+    intake, about, before = settings.intake, content["dataset"], content["config"]["dataset"]
+    if dataset.kind != about["kind"]:
+        return [f"kind of dataset: {about['kind']} in the run, {dataset.kind} now"]
+    left = []
+    if (list(intake.include), list(intake.exclude)) != (before["include"], before["exclude"]):
+        with (run / "manifest.parquet").open("rb") as file:
+            keys = pq.read_table(file, columns=["key"])["key"].to_pylist()
+        left = [key for key in map(str, keys) if not is_named(key, intake)]
+    lines = [f"{len(left)} samples of the run are not taken any more, such as {left[0]}"] if left else []
+    if intake.limit is not None and intake.limit < (before["limit"] or math.inf):
+        lines.append(f"limit: {before['limit'] or 'none'} in the run, {intake.limit} now")
+    return lines
 
 
 def _uncomplete(run: Location) -> None:

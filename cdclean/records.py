@@ -20,7 +20,7 @@ from upath import UPath
 
 from cdclean.errors import IncompleteError, InputError, UsageError
 from cdclean.schema import ADDED, RECORDS, SCHEMA_VERSION
-from cdclean.storage import Location, to_text
+from cdclean.storage import Location, from_text, is_within, locate, to_text
 
 RUN_SUFFIX = ".cdclean"
 _SCAN_HINT = "Score a dataset first: cdclean scan DATASET --model MODEL"
@@ -101,6 +101,16 @@ def owns_folder(dataset: dict[str, Any]) -> bool:
     Shards that were named one by one are not: they have a folder in common with whatever else lies there.
     """
     return bool(dataset["kind"] != "webdataset" or dataset["name"] == dataset["location"].rpartition("/")[2])
+
+
+def refuse_inside(place: Location, dataset: dict[str, Any], hint: str) -> None:
+    """Raises UsageError where `place` is, or lies in, a dataset as run.json describes it."""
+    root = locate(from_text(dataset["location"]))
+    closed = [root] if owns_folder(dataset) else [locate(from_text(file)) for file in dataset.get("files", ())]
+    if any(is_within(place, each) for each in closed):
+        raise UsageError(
+            f"{to_text(place)} is or lies in the dataset {to_text(root)}, which is never written to", hint=hint
+        )
 
 
 def load_summary(run: Location) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from cdclean import datasets, engines, events, locks, manifest, plan, records, s
 from cdclean.config import ScanConfig
 from cdclean.console import Console
 from cdclean.engines import Incident
-from cdclean.errors import IncompleteError, OutputError, StoppedError
+from cdclean.errors import IncompleteError, OutputError, StoppedError, UsageError
 from cdclean.labels import model_labels
 from cdclean.metrics import Metrics
 from cdclean.storage import Location
@@ -49,7 +49,7 @@ def scan(settings: ScanConfig, console: Console | None = None) -> Location:
     console = console or Console(quiet=True)
     dataset = datasets.open_dataset(*settings.locations)
     run = plan.run_folder(settings, dataset)
-    metrics = Metrics(Path(settings.metrics_file) if settings.metrics_file else None, storage.to_text(run))
+    metrics = Metrics(_metrics_file(settings), storage.to_text(run))
     with _reported(metrics), ExitStack() as stack:
         asked = plan.asked_for(settings, dataset)
         ahead = _Ahead(settings, dataset, stack)
@@ -73,6 +73,17 @@ def scan(settings: ScanConfig, console: Console | None = None) -> Location:
             with locks.lock(run, wait=math.inf):
                 _finish(run, settings, content, console)
     return run
+
+
+def _metrics_file(settings: ScanConfig) -> Path | None:
+    if settings.metrics_file is None:
+        return None
+    path = Path(settings.metrics_file)
+    if any(storage.is_within(path, storage.locate(given)) for given in settings.locations):
+        raise UsageError(
+            f"the metrics file {path} would lie inside the dataset, which is never written to", hint="Name another."
+        )
+    return path
 
 
 def _make_folder(run: Location) -> None:

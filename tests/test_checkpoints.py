@@ -113,6 +113,7 @@ def test_any_metadata_is_understood_or_refused(values: dict[str, Any]) -> None:
         ({"input_size": [32, 0]}, "input_size"),
         ({"input_size": [float("inf")] * 2}, "infinity"),
         ({"crop_mode": "stretch"}, "crop_mode"),
+        ({"interpolation": "lanczos4"}, "interpolation"),
         ({"arch": 7}, "arch"),
         ("text", "attribute"),
     ],
@@ -136,6 +137,15 @@ def test_what_training_scripts_leave_beside_the_weights(tmp_path: Path) -> None:
     arguments.input_size = [3, 80, 96]
     torch.save({"arch": "test_vit", "state_dict": STATE, "args": arguments}, tmp_path / "timm.pt")
     assert_holds_state(tmp_path / "timm.pt", Metadata(arch="test_vit", input_size=(80, 96), mean=(0.5,)))
+
+    # Other scripts mean other things by the same names; what makes no sense here must not be in the way.
+    others = argparse.Namespace(
+        input_size=64, mean=0.5, std="imagenet", interpolation="random", crop_pct=[1], crop_mode=1
+    )
+    torch.save({"model": STATE, "args": others}, tmp_path / "deit.pt")
+    assert_holds_state(tmp_path / "deit.pt", Metadata(input_size=(64, 64)))
+    torch.save({"model": STATE, "args": argparse.Namespace(img_size=[64, 96])}, tmp_path / "mae.pt")
+    assert_holds_state(tmp_path / "mae.pt", Metadata(input_size=(64, 96)))
 
     save_file(STATE, tmp_path / "m.safetensors", metadata={"architecture": "test_convnext", "format": "pt"})
     assert_holds_state(tmp_path / "m.safetensors", Metadata(arch="test_convnext"))

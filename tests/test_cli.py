@@ -236,6 +236,7 @@ def test_one_value_in_a_file_for_an_option_that_takes_several(place: Path) -> No
         (["show", "nothing.png", "--model", "test_resnet.pt"], 3, "nothing.png"),
         (["show", "data/a/001.png"], 2, "--model"),
         (["show", "a/001.png", "--run", "data.cdclean", "--out", "test_resnet.pt"], 3, "--out"),
+        (["show", "a/001.png", "--run", "data.cdclean", "--out", "data/a"], 2, "never written to"),
         (["train", "data", "--arch", "timm:resnet51"], 3, "resnet51"),
         (["dance"], 2, "dance"),
     ],

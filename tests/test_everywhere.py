@@ -173,6 +173,20 @@ def cli(*arguments: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
+def test_files_of_a_list_that_lie_elsewhere_take_no_space(checkpoint: Path, tmp_path: Path) -> None:
+    data = Path(folder(tmp_path / "data", pictures(1)))
+    inside = tmp_path / "listed" / "near.png"
+    inside.parent.mkdir()
+    inside.write_bytes((data / "a" / "000.png").read_bytes())
+    listed = tmp_path / "listed" / "list.csv"
+    listed.write_text("path\nnear.png\n" + "".join(f"{path}\n" for path in sorted(data.rglob("*.png"))))
+    run = scan(settings(str(listed), checkpoint, tmp_path / "run.cdclean"))
+    decisions = select(run, quantile=0.0).decisions
+    assert export(run, decisions, tmp_path / "clean", dry_run=True).bytes == inside.stat().st_size
+    export(run, decisions, tmp_path / "clean")
+    assert {path.name for path in (tmp_path / "clean").rglob("*.*")} == {".cdclean-copy", "list.csv", "near.png"}
+
+
 def test_a_run_on_s3_that_is_killed_goes_on(
     s3: str, reference: dict[str, tuple[Any, ...]], checkpoint: Path, tmp_path: Path
 ) -> None:

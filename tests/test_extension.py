@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -293,10 +295,49 @@ def test_the_marker_of_a_single_file_stands_beside_it(tmp_path: Path) -> None:
     assert len(list(admitted(open_dataset(str(table / "train-00001.parquet")), wanted))) == 3
 
 
-def test_uploads_under_way_come_later(settings: ScanConfig) -> None:
-    import os
-    import time
+def test_a_night_without_a_sample_leaves_the_run_as_it_was(settings: ScanConfig) -> None:
+    data = Path(str(settings.dataset))
+    hour_ago = time.time() - 3600
+    for path in data.rglob("*.png"):
+        os.utime(path, (hour_ago, hour_ago))
+    settings = replace(settings, intake=Intake(min_age=600), extend=True)
+    run = scan(settings)
+    before = rows(run)
+    for path in data.rglob("*.png"):
+        path.touch()
+    with pytest.raises(IncompleteError, match="no sample of the dataset is left"):
+        scan(settings)
+    assert rows(run) == before
+    assert load_run(run)["dataset"]["samples"] == pq.read_metadata(run / "manifest.parquet").num_rows == 12
+    path = data / "a" / "000.png"
+    os.utime(path, (hour_ago, hour_ago))
+    assert set(rows(scan(settings))) == {"a/000.png"}
 
+
+def test_less_of_the_dataset_or_another_kind_is_no_extension(settings: ScanConfig, tmp_path: Path) -> None:
+    settings = replace(settings, intake=Intake(include=("a/*",)))
+    run = scan(settings)
+    more = replace(settings, extend=True)
+    with pytest.raises(ChangedRunError, match="4 samples of the run are not taken any more, such as a/000[.]png"):
+        scan(replace(more, intake=Intake(include=("b/*",))))
+    with pytest.raises(ChangedRunError, match="limit: none in the run, 2 now"):
+        scan(replace(more, intake=Intake(include=("a/*",), limit=2)))
+    with pytest.raises(ChangedRunError, match="imagefolder in the run, webdataset now"):
+        scan(replace(more, dataset=shards(tmp_path / "shards", pictures(4)), intake=Intake(include=("*",))))
+    before = rows(run)
+    wider = rows(scan(replace(more, intake=Intake(include=("a/*", "b/*")))))
+    assert {key: wider[key] for key in before} == before
+    assert len(wider) == 8
+
+
+def test_a_file_from_the_future_is_taken_where_no_age_is_asked(settings: ScanConfig) -> None:
+    path = Path(str(settings.dataset)) / "a" / "000.png"
+    os.utime(path, (time.time() + 7200,) * 2)
+    assert len(list(admitted(open_dataset(str(settings.dataset)), Intake()))) == 12
+    assert len(list(admitted(open_dataset(str(settings.dataset)), Intake(min_age=1e-9)))) == 11
+
+
+def test_uploads_under_way_come_later(settings: ScanConfig) -> None:
     data = Path(str(settings.dataset))
     hour_ago = time.time() - 3600
     settings = replace(settings, intake=Intake(min_age=600), extend=True)

@@ -8,8 +8,11 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -124,6 +127,37 @@ def test_a_lease_of_another_host_counts_until_it_is_stale(s3: str, monkeypatch: 
         assert json.loads((folder / ".lock").read_text())["pid"] == os.getpid()
 
 
+def test_a_clock_that_is_ahead_makes_no_lease_stale(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = locate(s3) / "run.cdclean"
+    lease(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(locks.time, "time", lambda now=time.time: now() + 3600)
+        with pytest.raises(LockedError), lock(folder):
+            pytest.fail("it was renewed a moment ago")
+    folder.fs.invalidate_cache()
+    assert [path.name for path in folder.iterdir()] == [".lock"]
+
+
+def test_a_renewal_that_the_network_refuses_is_tried_again(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from botocore.exceptions import EndpointConnectionError
+
+    folder, tries = locate(s3) / "run.cdclean", []
+
+    def written(path: Any, real: Callable[[Any], float] = locks._written) -> float:
+        tries.append(path)
+        if len(tries) == 3:  # two are of the beginning
+            raise EndpointConnectionError(endpoint_url="http://127.0.0.1")
+        return real(path)
+
+    monkeypatch.setattr(locks, "_written", written)
+    monkeypatch.setattr(locks, "_RENEW", 0.01)
+    with lock(folder):
+        until = time.monotonic() + 60
+        while len(tries) < 5 and time.monotonic() < until:
+            time.sleep(0.01)
+    assert len(tries) >= 5
+
+
 def test_a_lease_is_renewed(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = locate(s3) / "run.cdclean"
     monkeypatch.setattr(locks, "_RENEW", 0.01)
@@ -138,10 +172,13 @@ def test_a_lease_is_renewed(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert json.loads((folder / ".lock").read_text())["pid"] == os.getpid()
 
 
-def test_what_is_not_ours_is_left(s3: str) -> None:
+def test_what_is_not_ours_is_left(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = locate(s3) / "run.cdclean"
+    monkeypatch.setattr(locks, "_RENEW", 0.01)
     with lock(folder):
-        lease(folder)  # somebody took it over: this one was thought dead
+        for _ in range(3):  # somebody took it over: this one was thought dead, and may just be writing
+            lease(folder)
+            time.sleep(0.3)  # long enough to renew it
     assert json.loads((folder / ".lock").read_text())["token"] == "theirs"
     (folder / ".lock").write_text("no lease")
     with pytest.raises(LockedError), lock(folder):

@@ -266,6 +266,10 @@ def test_nothing_is_guessed_for_a_network_of_unknown_origin(tmp_path: Path) -> N
         ({"std": (0.5, 0.0, 0.5)}, "above 0"),
         ({"std": (-1.0,)}, "above 0"),
         ({"mean": (0.5, 0.5)}, "3 channels"),
+        (
+            {"mean": (123.675, 116.28, 103.53), "std": (58.4, 57.12, 57.38)},
+            r"(?s)pixels in \[0, 1\].*--mean 0.485,0.456,0.406",
+        ),
         ({"mean": (float("nan"),)}, "3 channels"),
         ({"crop": 0.0}, "crop"),
         ({"crop": 1.5}, "crop"),
@@ -310,7 +314,7 @@ def test_the_model_is_tried_before_it_is_used(tmp_path: Path) -> None:
 
 
 def test_half_precision_weights_are_used_in_single(tmp_path: Path, network: nn.Module) -> None:
-    half = {name: value.half() if value.is_floating_point() else value for name, value in network.state_dict().items()}
+    half = {name: value.half() for name, value in network.state_dict().items()}  # counts of batches, too
     torch.save(half, tmp_path / "test_resnet.pt")
     classifier = load(ModelSpec(str(tmp_path / "test_resnet.pt"), **PLAIN))
     assert {parameter.dtype for parameter in classifier.module.parameters()} == {torch.float32}

@@ -274,9 +274,10 @@ def test_every_setting_is_there(run: Path) -> None:
 def test_low_agreement_is_said(tmp_path: Path) -> None:
     run = write_run(tmp_path / "x.cdclean", {"a/1.png": 1.0, "b/1.png": 2.0})
     assert "Read this with care" not in words_of(page_of(run))
-    summary = json.loads((run / "summary.json").read_text()) | {"agreement": 0.31}
-    (run / "summary.json").write_text(json.dumps(summary))
-    assert "agree with the labels on 31\u00a0% of the samples only" in page_of(run).text
+    for agreement in (0.31, 0.0):
+        summary = json.loads((run / "summary.json").read_text()) | {"agreement": agreement}
+        (run / "summary.json").write_text(json.dumps(summary))
+        assert f"agree with the labels on {agreement:.0%}".replace("%", "\u00a0%") in page_of(run).text
 
 
 def test_attributes_have_a_table(run: Path, tmp_path: Path) -> None:

@@ -259,6 +259,21 @@ def test_a_lost_dataset_stops_the_scan(settings: ScanConfig, monkeypatch: pytest
     assert set(rows(run)["status"].to_pylist()) == {"ok"}
 
 
+def test_metrics_are_not_written_into_the_dataset(settings: ScanConfig) -> None:
+    with pytest.raises(UsageError, match="inside the dataset"):
+        scan(replace(settings, metrics_file=f"{settings.dataset}/cdclean.prom"))
+    assert not Path(f"{settings.dataset}/cdclean.prom").exists()
+
+
+def test_a_line_that_a_full_disk_cut_takes_no_other_with_it(settings: ScanConfig) -> None:
+    run = scan(replace(settings, shard=(0, 2)))
+    log = run / "events-0-of-2.jsonl"
+    log.write_bytes(log.read_bytes()[:-10])
+    before = list(events.read(run))
+    events.Log(run, log.name).append("start")
+    assert [event["event"] for event in events.read(run)] == [event["event"] for event in before] + ["start"]
+
+
 def test_metrics(settings: ScanConfig, tmp_path: Path) -> None:
     path = tmp_path / "cdclean.prom"
     settings = replace(settings, metrics_file=str(path))

@@ -129,6 +129,20 @@ def test_no_label(tmp_path: Path) -> None:
     assert [row[:2] for row in told(tmp_path, ("1.jpg", b"x"), ("./2.jpg", b"x"))] == [("1", None), ("./2", None)]
 
 
+def test_entries_of_the_format_are_files_below_the_folder(tmp_path: Path) -> None:
+    """What is passed over goes into copies as it stands, so that what leads elsewhere is not passed over."""
+    outside = ("__meta__/../../owned", b"abc")
+    parts = [member("__meta__", tarfile.SYMTYPE, "/etc"), member("__dev__", tarfile.CHRTYPE), outside, *shard(range(2))]
+    parts += [("__meta__/info", b"{}"), member("../up", tarfile.DIRTYPE), member("folder", tarfile.DIRTYPE)]
+    found = {sample.key: sample.problem for sample in rows(tmp_path, *parts)}
+    assert {key for key, problem in found.items() if problem} == {
+        "__meta__",
+        "__dev__",
+        "__meta__/../../owned",
+        "../up",
+    }
+
+
 @pytest.mark.parametrize("layout", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_the_webdataset_library_yields_the_same(tmp_path: Path, layout: int) -> None:
     long = "deep/" * 15

@@ -81,6 +81,8 @@ def show(
 
     folder = storage.locate(run) if run is not None else None
     content = records.load_run(folder, complete=False) if folder is not None else None
+    if content is not None:
+        records.refuse_inside(out, content["dataset"], "Name another folder with --out.")
     named = [drawing.read_image(name, folder) for name in images]
     spec = options.model_spec(given)
     if folder is not None and content is not None:

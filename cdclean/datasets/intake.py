@@ -24,7 +24,8 @@ def admitted(dataset: Dataset, intake: Intake) -> Iterator[Sample]:
     found = (
         sample
         for sample in _named(dataset, intake)
-        if (sample.modified is None or now - sample.modified >= intake.min_age)
+        # Without a least age no clock is asked: a file's may be ahead of this one.
+        if (not intake.min_age or sample.modified is None or now - sample.modified >= intake.min_age)
         and (intake.require_marker is None or markers.has(sample.url))
     )
     return islice(found, intake.limit)
@@ -35,7 +36,7 @@ def _named(dataset: Dataset, intake: Intake) -> Iterator[Sample]:
     named = False
     for sample in datasets.samples(dataset):
         first = first or sample.key
-        if _is_named(sample.key, intake):
+        if is_named(sample.key, intake):
             named = True
             yield sample
     if first is not None and not named:
@@ -46,7 +47,8 @@ def _named(dataset: Dataset, intake: Intake) -> Iterator[Sample]:
         )
 
 
-def _is_named(key: str, intake: Intake) -> bool:
+def is_named(key: str, intake: Intake) -> bool:
+    """Whether the patterns let a key in."""
     if intake.include and not any(fnmatchcase(key, pattern) for pattern in intake.include):
         return False
     return not any(fnmatchcase(key, pattern) for pattern in intake.exclude)

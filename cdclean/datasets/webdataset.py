@@ -135,7 +135,7 @@ def _shard(url: str, keys: _Keys) -> Iterator[tuple[Sample, tuple[Member, ...]]]
             rows.modified = reader.modified
             for member in members(reader):
                 parts = split(member.name) if len(member.name) <= _LONGEST_NAME else None
-                if member.kind == "folder" or (_METADATA.match(member.name) and not (parts and _is_image(parts[1]))):
+                if _is_passed_over(member, parts):
                     continue
                 if parts is None:
                     yield rows.stray(member), (member,)
@@ -158,6 +158,14 @@ def _shard(url: str, keys: _Keys) -> Iterator[tuple[Sample, tuple[Member, ...]]]
         yield rows.sample(group, end), tuple(group.members.values())
     if problem is not None:
         yield rows.damage(end or 0, problem), ()
+
+
+def _is_passed_over(member: Member, parts: tuple[str, str] | None) -> bool:
+    """Whether a member is no sample, and may stand in a copy: one that leads elsewhere is neither."""
+    if _unsafe(member.name) is not None:
+        return False
+    entry = member.kind == "file" and _METADATA.match(member.name) and not (parts and _is_image(parts[1]))
+    return member.kind == "folder" or bool(entry)
 
 
 @dataclass

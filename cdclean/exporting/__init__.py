@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cdclean.errors import DatasetError, UsageError
-from cdclean.exporting import folders, places, plan, writing
+from cdclean.exporting import folders, listed, places, plan, writing
 from cdclean.exporting.filled import Filled
 from cdclean.exporting.plan import Fate
 from cdclean.records import align, load_run, owns_folder, read_aligned
@@ -242,15 +242,25 @@ def _copy(
         return tables.fill(samples, wanted, files, target, progress)
 
     problems = int((samples["keep"].to_numpy() & samples["problem"].is_valid().to_numpy()).sum())
-    return _Copy(partial(_expected, samples, fates, files), fill_files, counted=False, skipped=problems)
+    sizes = samples["size"].to_numpy()
+    if about["kind"] == "list":
+        sizes = np.where(listed.elsewhere(samples["key"]), 0, sizes)  # these are not copied
+    expected = partial(_expected, samples["url"], sizes, fates, files)
+    return _Copy(expected, fill_files, counted=False, skipped=problems)
 
 
-def _expected(samples: pa.Table, fates: npt.NDArray[np.int8], files: Sequence[str], fate: Fate) -> Filled:
+def _expected(
+    urls: pa.ChunkedArray[Any],
+    sizes: npt.NDArray[np.int64],
+    fates: npt.NDArray[np.int8],
+    files: Sequence[str],
+    fate: Fate,
+) -> Filled:
     """What the manifest alone knows of a copy: the samples, and which files keep none."""
     wanted = fates == fate
-    kept = set(pc.unique(samples["url"].filter(pa.array(wanted))).to_pylist()) if len(files) > 1 else set()
+    kept = set(pc.unique(urls.filter(pa.array(wanted))).to_pylist()) if len(files) > 1 else set()
     emptied = [file.rpartition("/")[2] for file in files if file not in kept] if kept else []
-    return Filled(int(wanted.sum()), 0, int(samples["size"].to_numpy()[wanted].sum()), tuple(emptied))
+    return Filled(int(wanted.sum()), 0, int(sizes[wanted].sum()), tuple(emptied))
 
 
 def _write_lists(samples: pa.Table, targets: dict[Fate, Location], format: Format) -> None:

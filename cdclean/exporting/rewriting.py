@@ -21,7 +21,7 @@ from cdclean.errors import InputError
 from cdclean.storage import Location, atomic_write, to_text
 
 _GROUP = 1 << 26  # bytes of a row group in memory
-CHANGED = "Bring the dataset back to what was scanned, or scan it again."
+CHANGED = "Bring the dataset back to what was scanned, or score what has changed: the same scan with --extend."
 
 Rows = npt.NDArray[np.int64]
 

@@ -23,7 +23,7 @@ from cdclean.errors import InputError
 from cdclean.storage import Location, atomic_write, from_text
 
 LEFT_OUT, LOOSE, SIDECAR = -3, -2, -1  # what becomes of a member; else it is the image of the sample in that row
-SAME = "Bring the shards back to what was scanned, or scan them again."
+SAME = "Bring the shards back to what was scanned, or score what has changed: the same scan with --extend."
 
 _BLOCK = 1 << 20  # bytes of a member read at once
 _INSIDE, _BEGINS, _APART = range(3)  # a member begins no sample, begins one, or one for another shard than the last

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from cdclean.errors import OutputError, UsageError
-from cdclean.records import owns_folder
-from cdclean.storage import Location, answering, from_text, is_within, locate, to_text
+from cdclean.records import refuse_inside
+from cdclean.storage import Location, answering, to_text
 
 _MARK = b'<meta name="generator" content="cdclean '  # of page.html.j2
 _HEAD = 4096  # bytes of a page within which the mark stands
@@ -19,10 +19,8 @@ def check(out: Location, about: dict[str, Any]) -> None:
 
     about: the dataset, as run.json describes it.
     """
-    shown, root = to_text(out), locate(from_text(about["location"]))
-    closed = [root] if owns_folder(about) else [locate(from_text(file)) for file in about.get("files", ())]
-    if any(is_within(out, place) for place in closed):
-        raise UsageError(f"{shown} is or lies in the dataset {to_text(root)}, which is never written to", hint=_NEW)
+    shown = to_text(out)
+    refuse_inside(out, about, _NEW)
     refuse_taken(out)
     if isinstance(out, Path) and not out.parent.is_dir():
         raise OutputError(
