@@ -11,8 +11,8 @@ import pyarrow.compute as pc
 import pyarrow.csv
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
-from cdclean.errors import InputError, Status
-from cdclean.records import load_run, read_aligned
+from cdclean import records
+from cdclean.errors import InputError
 from cdclean.storage import Location, to_text
 
 _LAYOUT = "It is a CSV file with the columns key,is_backdoor; is_backdoor is 0, 1, true or false."
@@ -79,8 +79,8 @@ def evaluate(run: Location, truth: Location) -> Evaluation:
     Raises InputError where the truth cannot be read, names a key twice, matches no sample or holds one kind only;
     and what `load_run` raises.
     """
-    load_run(run)
-    table = read_aligned(run, ["status", "mask_norm"])
+    records.load_run(run)
+    table = records.read_aligned(run, ["status", "mask_norm"])
     keys, backdoored = _read_truth(truth)
     rows = pc.index_in(keys, value_set=table["key"])
     if rows.null_count == len(rows):
@@ -91,10 +91,8 @@ def evaluate(run: Location, truth: Location) -> Evaluation:
         )
     matched = rows.is_valid().to_numpy(zero_copy_only=False)
     indices = rows.drop_null().to_numpy()
-    scored = pc.equal(table["status"], pa.scalar(Status.OK.value)).to_numpy()[indices]
+    scored = records.scored(run, table)[indices]
     norms = table["mask_norm"].to_numpy()[indices][scored]
-    if not np.isfinite(norms).all():
-        raise InputError(f"{to_text(run)} is damaged: a mask_norm is not a number", hint="Scan again.")
     kinds = backdoored[matched][scored]
     return Evaluation(
         samples=len(kinds),

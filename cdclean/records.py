@@ -12,13 +12,15 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from upath import UPath
 
-from cdclean.errors import IncompleteError, InputError, UsageError
+from cdclean.errors import IncompleteError, InputError, Status, UsageError
 from cdclean.schema import ADDED, RECORDS, SCHEMA_VERSION
 from cdclean.storage import Location, from_text, is_within, locate, to_text
 
@@ -156,6 +158,21 @@ def read_aligned(run: Location, columns: Sequence[str], manifest: Sequence[str] 
     for name in manifest:
         table = table.append_column(name, listed[name])
     return table
+
+
+def scored(run: Location, table: pa.Table) -> npt.NDArray[np.bool_]:
+    """[n] which rows of a table of `run`, with key, status and mask_norm, have a score.
+
+    Raises InputError where one of these scores is not a number.
+    """
+    found: npt.NDArray[np.bool_] = pc.equal(table["status"], pa.scalar(Status.OK.value)).to_numpy()
+    wrong = np.flatnonzero(found & ~np.isfinite(table["mask_norm"].to_numpy()))
+    if len(wrong):
+        key = table["key"][int(wrong[0])].as_py()
+        raise InputError(
+            f"{to_text(run)} is damaged: {key!r} is scored, but its mask_norm is not a number", hint=_DAMAGED_HINT
+        )
+    return found
 
 
 def align(table: pa.Table, keys: pa.ChunkedArray[Any], name: str, hint: str = _DAMAGED_HINT) -> pa.Table:

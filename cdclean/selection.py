@@ -15,9 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cdclean import config, keylists, labels, verdict
-from cdclean.errors import GateError, InputError, OutputError, Status, UsageError
-from cdclean.records import load_run, read_aligned, read_columns
+from cdclean import config, keylists, labels, records, verdict
+from cdclean.errors import GateError, InputError, OutputError, UsageError
 from cdclean.schema import DECISIONS
 from cdclean.storage import Location, atomic_write, to_text
 from cdclean.verdict import Verdict
@@ -131,9 +130,9 @@ def select(
         "group": group,
     }
     name = _check({rule: value for rule, value in rules.items() if value is not None}, reference, per, max_drop)
-    description = load_run(run)
+    description = records.load_run(run)
     by_group = {"dataset": [], "class": ["class_name"], "prediction": ["prediction"]}[per]
-    table = read_aligned(run, ["status", "error", "mask_norm", *by_group])
+    table = records.read_aligned(run, ["status", "error", "mask_norm", *by_group])
     scores = _scores(run, table, description, per)
     if quantile is not None:
         ruled = _by_quantile(scores, quantile, per)
@@ -242,9 +241,8 @@ def _check(given: dict[str, Any], reference: Location | None, per: Per, max_drop
 
 
 def _scores(run: Location, table: pa.Table, description: dict[str, Any], per: Per) -> _Scores:
-    scored = _scored(table)
+    scored = records.scored(run, table)
     norms = table["mask_norm"].to_numpy()
-    _check_norms(run, table["key"], norms, scored)
     group, names = np.zeros(len(norms), np.int64), ["dataset"]
     known = labels.class_names(description) or ()
     if per != "dataset":
@@ -256,19 +254,6 @@ def _scores(run: Location, table: pa.Table, description: dict[str, Any], per: Pe
         group = pc.fill_null(encoded.indices, len(names)).to_numpy().astype(np.int64)
         names.append(f"no {per}")
     return _Scores(table["key"], norms, scored, group, names)
-
-
-def _scored(table: pa.Table) -> Mask:
-    return pc.equal(table["status"], pa.scalar(Status.OK.value)).to_numpy()
-
-
-def _check_norms(run: Location, keys: pa.ChunkedArray[Any], norms: Norms, scored: Mask) -> None:
-    if not np.isfinite(norms[scored]).all():
-        key = keys[int(np.flatnonzero(scored & ~np.isfinite(norms))[0])].as_py()
-        raise InputError(
-            f"{to_text(run)} is damaged: {key!r} is scored, but its mask_norm is not a number",
-            hint="Scan again into a new folder.",
-        )
 
 
 # --- Rules ---
@@ -311,11 +296,10 @@ def _by_reference(
     scores: _Scores, description: dict[str, Any], reference: Location, sigma: float | None, fpr: float | None
 ) -> _Ruled:
     """A cut-off found in another run, as a share of the model's input there and here."""
-    trusted = load_run(reference)
+    trusted = records.load_run(reference)
     notes = _comparable(description, trusted, reference)
-    table = read_columns(reference, ["key", "status", "mask_norm"])
-    norms, scored = table["mask_norm"].to_numpy(), _scored(table)
-    _check_norms(reference, table["key"], norms, scored)
+    table = records.read_columns(reference, ["key", "status", "mask_norm"])
+    norms, scored = table["mask_norm"].to_numpy(), records.scored(reference, table)
     norms = np.sort(norms[scored])
     if not len(norms):
         raise InputError(f"{to_text(reference)} holds no score to compare with", hint="Name another --reference run.")

@@ -31,7 +31,7 @@ _ALIASES = {"s3a": "s3", "gcs": "gs", "abfs": "az", "abfss": "az"}
 # Of those that reach storage; their exceptions are about places, not bugs.
 _LIBRARIES = ("botocore", "aiobotocore", "s3fs", "gcsfs", "google", "azure", "adlfs", "huggingface_hub", "aiohttp")
 _TEMPORARY = ".part"  # the end of an unfinished file's name
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
 _EXTRAS |= {"hf": "hf", "http": "http", "https": "http"}
 # Of all that fsspec knows these alone: some hand names to a program, and some are the local disk by another name, which
@@ -47,7 +47,7 @@ def locate(location: str | os.PathLike[str]) -> Location:
     text = os.fspath(location) if isinstance(location, Path) else str(location)
     if "::" in text and "://" in text:
         raise UsageError(f"{text} is not a place that cdclean reads or writes", hint="Copy it, and give that path.")
-    if not _URL.match(text):
+    if not URL.match(text):
         return Path(text)
     scheme, _, rest = text.partition("://")
     scheme = scheme.lower()
@@ -144,7 +144,7 @@ def read_range(url: str, offset: int, size: int) -> bytes:
     Raises OSError.
     """
     path = from_text(url)
-    if _URL.match(path):
+    if URL.match(path):
         with answering():
             system, name = fsspec.core.url_to_fs(path)
             data: bytes = system.cat_file(name, start=offset, end=offset + size) if size else b""

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import timm
 import torch
@@ -26,21 +26,17 @@ from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]
 from torch import Tensor
 
 from cdclean import checkpoints, config, datasets, models, networks, storage
-from cdclean.config import Geometry, ModelSpec
+from cdclean.config import Augment, Geometry, ModelSpec, Optimizer, TrainPrecision
 from cdclean.console import Console, duration
 from cdclean.devices import computes_in_bf16, resolve_device
 from cdclean.errors import ChangedRunError, DatasetError, ModelError, OutputError, UsageError
 from cdclean.examples import CACHE_BYTES, Examples, Loader, flip_crop, list_examples
 from cdclean.models import Classifier, Normalized
-
-Optimizer = Literal["adamw", "sgd"]
-Augment = Literal["none", "flip-crop"]
-TrainPrecision = Literal["auto", "fp32", "bf16"]
+from cdclean.summary import AGREEMENT
 
 # Peak of the one-cycle schedule and decoupled or L2 weight decay; biases and norms are not decayed.
 _LEARNING_RATE: dict[str, float] = {"adamw": 3e-3, "sgd": 0.1}
 _WEIGHT_DECAY: dict[str, float] = {"adamw": 0.05, "sgd": 5e-4}
-_LEARNED = 2 / 3  # with less training accuracy a scan warns of the model
 
 
 @dataclass(frozen=True)
@@ -139,7 +135,7 @@ def train(settings: TrainConfig, console: Console | None = None) -> Trained:
             accuracy, count = _accuracy(fit, loader, settings.batch_size)
     _save(out, start)
     partial.unlink(missing_ok=True)
-    if accuracy < _LEARNED:
+    if accuracy < AGREEMENT:  # a scan would warn of the model
         console.warn(
             f"the network gives {accuracy:.0%} of its training images their label: too little for a scan to say much. "
             "More --epochs, another --arch or --pretrained weights may help."

@@ -30,12 +30,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cdclean.errors import InputError, Status
+from cdclean import records
 from cdclean.labels import class_name, class_names
 from cdclean.margins import DOUBTFUL, SEPARATE, gather
-from cdclean.records import load_run, load_summary, read_aligned
 from cdclean.separation import Split, separate
-from cdclean.storage import Location, to_text
+from cdclean.storage import Location
 from cdclean.summary import AGREEMENT
 
 Outcome = Literal["clean", "backdoor", "unclear"]
@@ -98,17 +97,18 @@ def judge(run: Location) -> Verdict:
 
     Raises InputError for a run that cannot be read and IncompleteError for one that is not finished.
     """
-    description = load_run(run)
-    agreement = load_summary(run)["agreement"]
-    table = read_aligned(run, ["status", "mask_norm", "prediction", "margin", "label", "embedding", "content_hash"])
-    scored = pc.equal(table["status"], pa.scalar(Status.OK.value))
+    description = records.load_run(run)
+    agreement = records.load_summary(run)["agreement"]
+    table = records.read_aligned(
+        run, ["status", "mask_norm", "prediction", "margin", "label", "embedding", "content_hash"]
+    )
+    is_scored = records.scored(run, table)
+    scored = pa.array(is_scored)
     vectors = _vectors(table["embedding"].filter(scored))
     table = table.drop_columns(["embedding"])  # a quarter of a gigabyte for a million samples: once will do
     rows = table.filter(scored)
     geometry = description["model"]["geometry"]
     density = rows["mask_norm"].to_numpy() / (geometry["height"] * geometry["width"])
-    if not np.isfinite(density).all():
-        raise InputError(f"{to_text(run)} is damaged: a mask_norm is not a number", hint="Scan again.")
     column = "label" if rows["prediction"].null_count else "prediction"
     known = not rows[column].null_count
     names = description["dataset"]["classes"] if column == "label" else class_names(description) or ()
@@ -122,7 +122,7 @@ def judge(run: Location) -> Verdict:
         classes = rows[column].to_numpy() if known else None
         original = _originals(rows["content_hash"]) if column == "prediction" else None
         verdict = decide(density, classes, sure, names, vectors, original)
-    places = np.flatnonzero(scored.to_numpy())
+    places = np.flatnonzero(is_scored)
     suspects, beyond = np.zeros(table.num_rows, np.bool_), np.full(table.num_rows, np.nan)
     compared = np.full(table.num_rows, -1)
     suspects[places] = verdict.suspects

@@ -73,7 +73,7 @@ ROOMS: dict[str, set[str]] = {
     | FOLDER,
     "examples": {"config", "console", "datasets", "errors", "images", "storage"},
     "training": {"checkpoints", "config", "console", "datasets", "devices", "errors", "examples", "models"}
-    | {"networks", "storage"},
+    | {"networks", "storage", "summary"},
     # deciding
     "margins": set(),
     "separation": {"margins"},

@@ -29,11 +29,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cdclean import records
 from cdclean.bias.attributes import Attribute, Attributes, Skipped, encode, read_attributes
 from cdclean.bias.text import sentence, table
-from cdclean.errors import InputError, Status, UsageError
+from cdclean.errors import InputError, UsageError
 from cdclean.labels import class_names
-from cdclean.records import load_run, read_columns
 from cdclean.storage import Location, to_text
 
 __all__ = ["CAVEAT", "Bias", "Enrichment", "Skipped", "Within", "analyse", "as_dict", "sentence", "table"]
@@ -202,13 +202,11 @@ def as_dict(bias: Bias) -> dict[str, Any]:
 
 def _read_run(run: Location) -> tuple[pa.Table, dict[str, Any]]:
     """key and mask_norm of the scored samples, and their class and prediction as names [n]."""
-    about = load_run(run)
-    records = read_columns(run, ["key", "status", "class_name", "prediction", "mask_norm"])
-    scored = records.filter(pc.equal(records["status"], pa.scalar(Status.OK.value)))
+    about = records.load_run(run)
+    rows = records.read_columns(run, ["key", "status", "class_name", "prediction", "mask_norm"])
+    scored = rows.filter(pa.array(records.scored(run, rows)))
     if scored.num_rows == 0:
         raise InputError(f"no sample of {to_text(run)} has a score", hint="The column `error` of its records says why.")
-    if not np.isfinite(scored["mask_norm"].to_numpy()).all():
-        raise InputError(f"{to_text(run)} is damaged: a mask_norm is not a number", hint="Scan again.")
     names = class_names(about) or []
     prediction: Any = scored["prediction"]
     # An index beyond the names has none: it stays a number.

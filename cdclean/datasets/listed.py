@@ -22,9 +22,7 @@ import pyarrow as pa
 from cdclean.datasets.columns import LABELS, PATHS, class_name, class_names, first, label_column, path_column
 from cdclean.datasets.tables import DAMAGE, batches, because, open_table
 from cdclean.errors import DatasetError
-from cdclean.storage import Location, answering, is_local, to_text
-
-URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+from cdclean.storage import URL, Location, answering, is_local, to_text
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _LINES = ".jsonl"

@@ -27,12 +27,12 @@ from typing import Any
 import fsspec
 
 from cdclean.datasets.columns import PATHS, first, image_column
-from cdclean.datasets.listed import SUFFIXES, URL, Row, columns, is_text, rows, suffix
+from cdclean.datasets.listed import SUFFIXES, Row, columns, is_text, rows, suffix
 from cdclean.datasets.sample import Dataset, Sample
 from cdclean.datasets.tables import DAMAGE, because, open_table
 from cdclean.datasets.walking import modified, special
 from cdclean.errors import DatasetError, UsageError
-from cdclean.storage import answering, from_text, is_local, locate, to_text
+from cdclean.storage import URL, answering, from_text, is_local, locate, to_text
 
 _REQUESTS = 32  # to remote storage at once
 _AT_ONCE = (16, 4096)  # rows looked up together: at first, so that the first comes soon, and at most

@@ -18,7 +18,7 @@ import fsspec
 
 from cdclean.datasets.reading import storage_errors
 from cdclean.datasets.sample import Access
-from cdclean.datasets.walking import IMAGE_EXTENSIONS
+from cdclean.datasets.walking import is_image
 from cdclean.errors import DatasetError
 from cdclean.storage import Location, is_local, locate, to_text
 
@@ -95,7 +95,7 @@ def recognises(location: str) -> bool:
         if not any(_is_shard(name, folder) for name, folder in names):
             return False
         inner = (_listing(place / name) for name, folder in names if folder and not name.startswith("."))
-        return not any(_is_image(name) for listing in (names, *inner) for name, folder in listing if not folder)
+        return not any(is_image(name) for listing in (names, *inner) for name, folder in listing if not folder)
     except OSError:
         return False
 
@@ -114,10 +114,6 @@ def _is_glob(text: str) -> bool:
 
 def _is_shard(name: str, folder: bool) -> bool:
     return not folder and not name.startswith(".") and ending(name) is not None
-
-
-def _is_image(name: str) -> bool:
-    return name[name.rfind(".") :].lower() in IMAGE_EXTENSIONS
 
 
 def _expand(text: str) -> Iterator[str]:

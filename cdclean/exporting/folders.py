@@ -7,7 +7,6 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import pyarrow as pa
 
 from cdclean.errors import InputError, OutputError, UsageError
 from cdclean.exporting.filled import Filled
+from cdclean.exporting.parallel import in_parallel
 from cdclean.exporting.places import refuse_bytes, refuse_collisions, refuse_unsafe
 from cdclean.exporting.plan import SAME, Fate, Plan
 from cdclean.storage import Location, atomic_write, from_text, read_range, to_text
@@ -25,8 +25,6 @@ Linking = Literal["copy", "hardlink", "symlink"]
 
 _BLOCK = 1 << 20  # bytes read at once
 _RANGE = 1 << 23  # the same, where each time costs a request
-_WORKERS = 8  # files written at once; waiting for disk or network is what takes the time
-_AHEAD = 8 * _WORKERS  # files handed out and not finished: bounds the memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,20 +48,15 @@ def fill(plan: Plan, fate: Fate, target: Location, linking: Linking, progress: C
         for folder in plan.folders:  # those without a file of their own too
             made.need(folder)
     place = _placing(plan.root, target, linking)
-    pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="export")
-    running: set[Future[int]] = set()
-    try:
+
+    def listed() -> Iterator[_File]:
         for file in _rows(files):
             if made is not None:
                 made.need(os.path.dirname(file.relative))  # noqa: PTH120  (a string, once a file)
-            if len(running) == _AHEAD:
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                progress(sum(future.result() for future in done))
-            running.add(pool.submit(place, file))
-        for future in running:
-            progress(future.result())
-    finally:
-        pool.shutdown(cancel_futures=True)
+            yield file
+
+    for samples in in_parallel(place, listed()):
+        progress(samples)
     return plan.count(fate)
 
 

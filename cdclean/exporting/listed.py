@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,13 @@ from cdclean.datasets.tables import because
 from cdclean.errors import InputError, UsageError
 from cdclean.exporting import remote
 from cdclean.exporting.filled import Filled
+from cdclean.exporting.parallel import in_parallel
 from cdclean.exporting.places import refuse_collisions, refuse_unsafe
 from cdclean.exporting.rewriting import CHANGED, copy_rows, make_parent
 from cdclean.storage import Location, atomic_write, from_text, is_local, locate, read_range, to_text
 
 _ELSEWHERE = r"^(/|[A-Za-z][A-Za-z0-9+.-]*://)"  # keys of samples that are not in the folder of the list
 _BLOCK = 1 << 23  # bytes read at once
-_WORKERS = 8  # files copied at once
-_AHEAD = 8 * _WORKERS
 _BATCH = 1 << 16  # rows of the list in memory
 
 
@@ -121,23 +120,13 @@ def _check_count(count: int, wanted: npt.NDArray[np.bool_], source: Location) ->
 
 
 def _copy_files(files: pa.Table, target: Location, progress: Callable[[int], object]) -> None:
-    pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="export")
-    running: set[Future[None]] = set()
-    try:
-        for batch in files.to_batches(max_chunksize=1024):
-            for file in batch.to_pylist():
-                if len(running) == _AHEAD:
-                    done, running = wait(running, return_when=FIRST_COMPLETED)
-                    progress(sum(future.result() is None for future in done))
-                running.add(pool.submit(_copy_file, file, target / from_text(file["name"])))
-        for future in running:
-            future.result()
-            progress(1)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    every = (file for batch in files.to_batches(max_chunksize=1024) for file in batch.to_pylist())
+    for _ in in_parallel(partial(_copy_file, target), every):
+        progress(1)
 
 
-def _copy_file(file: dict[str, Any], target: Location) -> None:
+def _copy_file(folder: Location, file: dict[str, Any]) -> None:
+    target = folder / from_text(file["name"])
     make_parent(target)
     digest = hashlib.sha256()
     # A local copy becomes visible, and is made durable, with the folder that it is in.

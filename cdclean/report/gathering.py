@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cdclean import records
-from cdclean.errors import InputError, Status
+from cdclean.errors import InputError
 from cdclean.storage import Location, to_text
 
 SMALLEST = 0.05  # the share that the tables of classes look at
@@ -124,13 +124,9 @@ def read_samples(run: Location, content: dict[str, Any]) -> Samples:
     """The scores of a complete run with this run.json, without pictures. Raises InputError."""
     columns = ["status", "error", "class_name", "prediction", "confidence", "mask_norm"]
     table = records.read_aligned(run, columns, ["chunk"])
-    scored = pc.equal(table["status"], pa.scalar(Status.OK.value)).to_numpy()
+    scored = records.scored(run, table)
     pixels = int(content["model"]["geometry"]["height"]) * int(content["model"]["geometry"]["width"])
     density = np.where(scored, table["mask_norm"].to_numpy() / pixels, np.nan)
-    if not np.isfinite(density[scored]).all():
-        raise InputError(
-            f"{to_text(run)} is damaged: a mask_norm is not a number", hint="Scan again into a new folder."
-        )
     rows = np.flatnonzero(scored)
     return Samples(table, scored, density, pixels, rows[np.argsort(density[rows], kind="stable")])
 
