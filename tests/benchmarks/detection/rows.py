@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from cdclean import evaluation, records, schema, separation, storage, verdict
+from cdclean import evaluation, margins, records, schema, separation, storage, verdict
 from cdclean.config import DistillConfig, fingerprint, to_dict
 from cdclean.models import Normalized
 from tests.benchmarks.detection import data, fitting, neighbours, networks, table
@@ -113,17 +113,27 @@ def run(row: Row, work: Path, device: str) -> dict[str, Any]:
 
 def settings() -> str:
     """What scans and verdicts of a row depend on beside the row; with other defaults it has to be done again."""
-    thresholds = [verdict.APART, verdict.SMALLER, separation.MEMBER]
-    return fingerprint([to_dict(DistillConfig()), schema.RECORDS.names, thresholds])[:12]
+    thresholds = {
+        f"{room.__name__}.{name}": value
+        for room in (verdict, separation, margins)
+        for name, value in vars(room).items()
+        if name.isupper() and isinstance(value, int | float | tuple)
+    }
+    return fingerprint([scan_settings(), thresholds])[:12]
+
+
+def scan_settings() -> str:
+    """What scans of a row depend on beside the row."""
+    return fingerprint([to_dict(DistillConfig()), schema.RECORDS.names])[:12]
 
 
 def _forget_other_settings(folder: Path) -> None:
     """Remove scans that were made with other settings; data and networks do not depend on them."""
     stamp = folder / "settings"
-    if not stamp.exists() or stamp.read_text() != settings():
+    if not stamp.exists() or stamp.read_text() != scan_settings():
         for run in folder.glob("*.cdclean"):
             shutil.rmtree(run)
-        stamp.write_text(settings())
+        stamp.write_text(scan_settings())
 
 
 # --- Plant and train ---
