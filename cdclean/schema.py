@@ -28,7 +28,7 @@ _MANIFEST: Columns = [
     ("url", pa.string(), "file that holds the bytes"),
     ("offset", pa.int64(), "first byte of the sample in that file"),
     ("size", pa.int64(), "number of bytes"),
-    ("label", pa.int64(), "index of the class among the dataset's sorted class names; null without one"),
+    ("label", pa.int64(), "index of the class in run.json's dataset.classes; null without one"),
     ("class_name", pa.string(), "name of that class; null without one"),
     ("problem", pa.string(), "why the sample cannot be read, where indexing already saw it; else null"),
     ("chunk", pa.int32(), "number of the chunk (and of the part file) that scores it"),
@@ -37,7 +37,7 @@ _MANIFEST: Columns = [
 
 _RECORDS: Columns = [
     ("key", pa.string(), "as in the manifest"),
-    ("url", pa.string(), "as in the manifest"),
+    ("url", pa.string(), "as in the manifest when it was scored"),
     ("label", pa.int64(), "as in the manifest"),
     ("class_name", pa.string(), "as in the manifest"),
     ("status", pa.string(), "one of " + ", ".join(Status)),

@@ -23,6 +23,7 @@ from cdclean.models import Classifier
 from cdclean.storage import Location
 
 PANEL = 256  # shortest side of one of the three pictures, in pixels
+_LONGEST = 50  # characters of a picture's name, of up to four bytes: with a number and an ending it is a file's name
 _MARGIN, _LINE, _TEXT = 16, 22, 15  # pixels
 _INK, _FAINT, _PAPER = "#16181d", "#5b6270", "#ffffff"
 
@@ -182,7 +183,7 @@ def _fitted(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width
 
 def _free_name(folder: Path, key: str) -> Path:
     """`<folder>/<last part of the key>.png`, numbered where that is taken: nothing is replaced."""
-    stem = Path(key).stem
+    stem = Path(key).stem[:_LONGEST]
     path = folder / f"{stem}.png"
     number = 2
     while path.exists():

@@ -255,6 +255,13 @@ def test_bad_input_gets_a_sentence_and_its_exit_code(
         assert not (tmp_path / "other.cdclean").exists(), "an empty run folder is left"
 
 
+def test_a_name_that_the_terminal_cannot_show_is_shown_otherwise(place: Path) -> None:
+    (place / "data.cdclean").rename(place / "d\u0101ta.cdclean")
+    done = cdclean("status", "d\u0101ta.cdclean", cwd=place, PYTHONIOENCODING="latin-1")
+    assert done.returncode == 0, done.stderr
+    assert "d\\u0101ta.cdclean" in done.stdout
+
+
 def test_version() -> None:
     assert re.fullmatch(r"cdclean \d+\.\d+\.\d+\n", cdclean("--version", cwd=ROOT).stdout)
 

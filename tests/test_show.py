@@ -11,7 +11,8 @@ from cdclean.config import DistillConfig, ModelSpec, ScanConfig
 from cdclean.errors import DatasetError, OutputError
 from cdclean.plan import resolve
 from cdclean.run import scan
-from cdclean.show import read_image, show
+from cdclean.show import _free_name, read_image, show
+from cdclean.storage import atomic_write
 from tests.test_imagefolder_refused import as_nobody, public
 from tests.test_run import settings, write_dataset
 
@@ -43,3 +44,13 @@ def test_a_folder_that_cannot_be_written_to(checkpoint: Path, public: Path) -> N
         assert "--out" in caught.value.hint
     with pytest.raises(OutputError, match="File exists"):
         show(classifier, [], config, device, public / "file")
+
+
+def test_a_long_name_is_shortened_not_refused(tmp_path: Path) -> None:
+    letter = "\U0001f986"  # of four bytes
+    key = f"a/{letter * 60}.png"
+    for number in ("", "-2"):
+        path = _free_name(tmp_path, key)
+        with atomic_write(path) as file:
+            file.write(b"picture")
+        assert path.stem == letter * 50 + number

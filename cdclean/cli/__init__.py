@@ -6,6 +6,7 @@ The rooms are imported inside the commands, so that --help answers at once and o
 from __future__ import annotations
 
 import atexit
+import io
 import os
 import signal
 import sys
@@ -24,6 +25,8 @@ __all__ = ["app", "deciding", "main", "scoring", "trying"]
 def main() -> NoReturn:
     """Run the command line and exit with the code that errors.py gives."""
     _raise_on_signals()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a letter is no reason to fail after the work
+        sys.stdout.reconfigure(errors="backslashreplace")
     # Older torch asks for it before products of matrices may repeat themselves.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
