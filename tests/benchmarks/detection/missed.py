@@ -119,7 +119,7 @@ def strip(of: Missed, folder: Path) -> Image.Image:
     font = ImageFont.load_default(13)
     sheet = Image.new("RGB", (LEGEND + len(chosen) * (side + GAP), 3 * (side + GAP) + 24), "white")
     pen = ImageDraw.Draw(sheet)
-    pen.multiline_text((6, 24), ATTACKS[of.row.attack].title.replace(" (", "\n("), "#16181d", font)
+    pen.multiline_text((6, 24), f"{_title(of.row)},\n{of.row.network}".replace(" (", "\n("), "#16181d", font)
     for column, (name, _) in enumerate(chosen):
         left = LEGEND + column * (side + GAP)
         pen.text((left, 4), name, "#5b6270", font)
@@ -160,8 +160,12 @@ def _line(of: Missed) -> str:
         " / ".join("-" if np.isnan(value) else f"{value:.{places}f}" for value in each.values())
         for each, places in ((of.density, 3), (of.margin, 1))
     ]
-    cells = [of.row.network, ATTACKS[of.row.attack].title, f"{of.auroc:.3f}", f"{of.missed:.0%}", f"{of.obeyed:.0%}"]
+    cells = [of.row.network, _title(of.row), f"{of.auroc:.3f}", f"{of.missed:.0%}", f"{of.obeyed:.0%}"]
     return "| " + " | ".join([*cells, *medians, reading(of)]) + " |"
+
+
+def _title(row: Row) -> str:
+    return ATTACKS[row.attack].title + (f", seed {row.seed}" if row.seed else "")
 
 
 def below_goal(result: dict[str, Any]) -> bool:
@@ -187,7 +191,7 @@ def main() -> None:
         if below_goal(result):
             folder = arguments.work / row.name
             if not (folder / "default.cdclean").exists():
-                elsewhere.append(f"{ATTACKS[row.attack].title} of {row.network}")
+                elsewhere.append(f"{_title(row)} of {row.network}")
                 continue
             found.append(examine(row, folder, result["scores"]["default"]["auroc"]))
             strips.append(strip(found[-1], folder))
