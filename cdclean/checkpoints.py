@@ -361,14 +361,21 @@ def _usable(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for name in ("img_size", "input_size", "in_chans", "mean", "std", "crop_pct", "crop_mode", "interpolation"):
-        value = arguments.get(name)
-        if name in ("img_size", "input_size"):  # one number, or timm's channels, height, width
-            name, value = "input_size", (value, value) if isinstance(value, int) else value
-            value = value[-2:] if isinstance(value, Sequence) else value
+        value: Any = arguments.get(name)
+        value = value.tolist() if hasattr(value, "tolist") else value
         with suppress(TypeError, ValueError, OverflowError):
+            if name in ("img_size", "input_size"):
+                name, value = "input_size", _sides(value)
             parse_metadata({name: value})
             found |= {name: value} if value else {}
     return found
+
+
+def _sides(size: Any) -> Sequence[int] | None:
+    """Height and width, of one number or of timm's channels, height, width."""
+    if isinstance(size, Sequence) and not isinstance(size, str):
+        return size[-2:]
+    return None if not size or isinstance(size, bool) else (int(size),) * 2
 
 
 def parse_metadata(values: Mapping[str, Any]) -> Metadata:

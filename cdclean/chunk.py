@@ -114,6 +114,9 @@ class ChunkWorker:
     def _classifier(self) -> Classifier:
         """Raises ModelError where this process finds another model than the run was begun with."""
         classifier = classifier_on(self.model, self.device, self.distill.precision, self.distill.objective)
+        if classifier.weights != self.weights:  # those of an earlier scan of this process?
+            classifier_on.cache_clear()
+            classifier = classifier_on(self.model, self.device, self.distill.precision, self.distill.objective)
         if classifier.weights != self.weights:
             raise ModelError(
                 f"{self.model.source} holds other weights on {socket.gethostname()} than when the run was begun",

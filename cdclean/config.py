@@ -68,10 +68,10 @@ class DistillConfig:
     """How a mask is found; see distillation.py, which says what each value does.
 
     The defaults are ours; `paper(objective)` gives the published ones. They were chosen on six attacks; ten others are
-    reported beside them (tests/benchmarks/results/objectives.md): no other setting tried finds more at 1 % false alarms without
-    a lower mean AUROC. Coarser cells, a higher temperature or price, and more steps (the preset `thorough`) rank faint
-    and whole-image triggers higher, and so more of the clean images that need little by nature: AUROC rises, and less
-    is found at 1 %. Half of the steps lose little AUROC, but another seed then ranks images otherwise.
+    reported beside them (tests/benchmarks/results/objectives.md): no other setting tried finds more at 1 % false alarms
+    without a lower mean AUROC. Coarser cells, a higher temperature or price, and more steps (the preset `thorough`)
+    rank faint and whole-image triggers higher, and so more of the clean images that need little by nature: AUROC rises,
+    and less is found at 1 %. Half of the steps lose little AUROC, but another seed then ranks images otherwise.
     """
 
     objective: Objective = "probabilities"

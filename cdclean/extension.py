@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from cdclean import datasets, manifest, records, schema
 from cdclean.datasets import Sample
 from cdclean.datasets.reading import contents
+from cdclean.errors import InputError
 from cdclean.manifest import Index
 from cdclean.storage import Location
 
@@ -54,7 +55,7 @@ def extend(
     path = run / "manifest.parquet"
     with path.open("rb") as file:
         old = pq.read_table(file, schema=schema.MANIFEST)
-    hashes = _recorded_hashes(run, old["key"])
+    hashes = _recorded_hashes(run, old)
     kept = np.zeros(old.num_rows, np.bool_)
     moved: dict[int, Sample] = {}
     fresh: list[pa.Table] = []
@@ -85,19 +86,32 @@ def extend(
     return Extension(Index(table.num_rows, chunks, tuple(classes), digest.hexdigest()), count, gone)
 
 
-def _recorded_hashes(run: Location, keys: pa.ChunkedArray[Any]) -> pa.ChunkedArray[Any]:
-    """The SHA-256 that the records hold for each key; null where there is none."""
-    if not records.parts(run):
-        return pa.chunked_array([pa.nulls(len(keys), pa.string())])
-    table = records.read_columns(run, ["key", "content_hash"])
-    return table["content_hash"].take(pc.index_in(keys, value_set=table["key"]))
+def _recorded_hashes(run: Location, old: pa.Table) -> list[str | None]:
+    """The SHA-256 that the part of its chunk holds for each sample of `old`; None where that has none.
+
+    Parts of other chunks may hold the sample as it was before: an extension that was cut short leaves such rows.
+    """
+    hashes: list[str | None] = [None] * old.num_rows
+    order = np.argsort(old["chunk"].to_numpy(), kind="stable")
+    chunks = old["chunk"].to_numpy()[order]
+    for part in records.parts(run):
+        first, last = np.searchsorted(chunks, [records.chunk_of(part), records.chunk_of(part) + 1])
+        rows = order[first:last]
+        try:
+            table = records.read_table(part, ["key", "content_hash"])
+        except InputError:  # damaged: it is scored again
+            continue
+        places = pc.index_in(old["key"].take(rows), value_set=table["key"])
+        for row, found in zip(rows.tolist(), table["content_hash"].take(places).to_pylist(), strict=True):
+            hashes[row] = found
+    return hashes
 
 
 def _unchanged(
     batch: list[Sample],
     old: pa.Table,
     rows: npt.NDArray[np.int64],
-    hashes: pa.ChunkedArray[Any],
+    hashes: list[str | None],
     pool: ThreadPoolExecutor,
 ) -> npt.NDArray[np.bool_]:
     """Which of `batch` are in `old`, at `rows`, with the same size, problem, label and bytes."""
@@ -110,11 +124,11 @@ def _unchanged(
         if classes[row].as_py() != sample.class_name:
             continue
         same[place] = True
-        if sample.problem is None and hashes[row].is_valid:
+        if sample.problem is None and hashes[row] is not None:
             compare.append(place)
     found = pool.map(_hash, contents([batch[place] for place in compare]))
     for place, content_hash in zip(compare, found, strict=True):
-        same[place] = content_hash == hashes[int(rows[place])].as_py()
+        same[place] = content_hash == hashes[int(rows[place])]
     return same
 
 
@@ -153,8 +167,8 @@ def _relocated(old: pa.Table, moved: dict[int, Sample]) -> pa.Table:
 
 def in_order(classes: Iterable[str], listed: list[str] | None) -> list[str]:
     """The classes as a dataset would count them that was always as it is now: of `listed`, else by name."""
-    if listed is None:
-        return datasets.class_names(set(classes))
+    if listed is None or listed == datasets.class_names(set(listed)):
+        return datasets.class_names(set(classes))  # also where one of them is gone
     return listed + [name for name in classes if name not in set(listed)]
 
 

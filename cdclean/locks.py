@@ -41,8 +41,7 @@ def lock(folder: Location, *, name: str = ".lock", wait: float = 0.0) -> Iterato
 def is_locked(folder: Location, name: str = ".lock") -> bool:
     """Whether a process holds `folder`/`name`."""
     if not isinstance(folder, Path):
-        holder = _holder(folder / name)
-        return holder is not None and not _is_abandoned(holder) and time.time() - holder["renewed"] < _STALE
+        return _is_leased(folder / name)
     if not (folder / name).exists():
         return False
     held = filelock.FileLock(folder / name)
@@ -132,19 +131,28 @@ def _holder(path: UPath) -> dict[str, Any] | None:
     """Who holds the lease: what the object says, and when it was `renewed`, in seconds of the storage's clock."""
     try:
         with answering():
-            holder: dict[str, Any] = json.loads(path.read_bytes())
-            renewed = _written(path)
+            holder = json.loads(path.read_bytes())
+            return {name: holder[name] for name in ("token", "host", "pid")} | {"renewed": _written(path)}
     except FileNotFoundError:
         return None
-    except ValueError:  # not ours, or half read: somebody's in any case
+    except (ValueError, TypeError, KeyError):  # not ours, or half read: somebody's in any case
         return {"token": "", "host": "", "pid": 0, "renewed": math.inf}
-    return holder | {"renewed": renewed}
 
 
 def _written(path: UPath) -> float:
     """When the object was written last; never, where the storage does not say."""
     path.fs.invalidate_cache()
     return path.stat().st_mtime or math.inf
+
+
+def _is_leased(path: UPath) -> bool:
+    holder = _holder(path)
+    if holder is None or _is_abandoned(holder):
+        return False
+    try:
+        return not _is_stale(path, holder)
+    except OSError:  # who may not write there cannot ask for the time
+        return False
 
 
 def _is_abandoned(holder: dict[str, Any]) -> bool:

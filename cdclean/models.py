@@ -130,12 +130,13 @@ def _preprocessing(
         known |= {name: (math.fsum(known[name]) / len(known[name]),) for name in ("mean", "std") if name not in given}
     resolved = resolve_data_config({}, pretrained_cfg=known)  # type: ignore[no-untyped-call]
     mean, std = (_per_channel(name, resolved[name], channels, spec) for name in ("mean", "std"))
-    if max(mean) > 1:
-        error = UsageError if spec.mean else ModelError
-        raise error(
-            f"mean is that of pixels in [0, 1], and not {', '.join(map(str, mean))}",
-            hint=f"Divide mean and std by 255: --mean {_by_255(mean)} --std {_by_255(std)}",
-        )
+    for name, values, limit in (("mean", mean, 1), ("std", std, 10)):
+        if max(values) > limit:
+            error = UsageError if getattr(spec, name) else ModelError
+            raise error(
+                f"{name} is that of pixels in [0, 1], and not {', '.join(map(str, values))}",
+                hint=f"Divide it by 255: --{name} {','.join(f'{value / 255:.4g}' for value in values)}",
+            )
     if min(std) <= 0:
         raise UsageError(f"std must be above 0 in every channel, not {', '.join(map(str, std))}")
     height, width = (int(side) for side in known["input_size"][1:])
@@ -143,10 +144,6 @@ def _preprocessing(
     if min(height, width) < 1 or not 0 < crop <= 1:
         raise UsageError(f"input size {height}x{width} and crop {crop} must be above 0, and crop at most 1")
     return Geometry(channels, height, width, resolved["interpolation"], crop, resolved["crop_mode"]), mean, std
-
-
-def _by_255(values: tuple[float, ...]) -> str:
-    return ",".join(f"{value / 255:.4g}" for value in values)
 
 
 def _per_channel(name: str, values: Any, channels: int, spec: ModelSpec) -> tuple[float, ...]:

@@ -44,22 +44,28 @@ def make(
 
     `asked_for` gives `asked`. `load` is called where a run begins, and whatever is refused sooner has been.
     """
-    busy = busy_shards(run)
-    if busy and settings.shard is None:
+    busy = busy_shards(run) if settings.shard is None else []
+    if busy:
         raise LockedError(
             f"shards of {storage.to_text(run)} are being scored: {', '.join(busy)}", hint="Wait for them."
         )
     if settings.overwrite or not (run / "run.json").exists():
         return _begin(run, settings, asked, dataset, console, load)
     content = _resume(run, settings, asked, dataset, console)
-    if not busy_shards(run):  # that takes long: another may have begun since
+    mine = None if settings.shard is None else shard_lock(settings.shard)
+    if not busy_shards(run, mine):  # that took long: another may have begun since
         storage.remove_temporaries(run, run / "records")
     return content
 
 
-def busy_shards(run: Location) -> list[str]:
-    """The locks of the shards that are being scored."""
-    return [path.name for path in run.glob(".lock-*") if locks.is_locked(run, path.name)]
+def shard_lock(shard: tuple[int, int]) -> str:
+    """The name of the lock that a process holds while it scores a shard."""
+    return f".lock-{shard[0]}-of-{shard[1]}"
+
+
+def busy_shards(run: Location, mine: str | None = None) -> list[str]:
+    """The locks of the shards that others score; `mine` is this process's own."""
+    return [path.name for path in run.glob(".lock-*") if path.name != mine and locks.is_locked(run, path.name)]
 
 
 def run_folder(settings: ScanConfig, dataset: datasets.Dataset) -> Location:
@@ -198,6 +204,9 @@ def resolve(settings: ScanConfig) -> Loaded:
     if precision == "auto":
         precision = "bf16" if computes_in_bf16(kind) else "fp32"
     classifier = classifier_on(settings.model, device, precision, settings.distill.objective)
+    if classifier.weights != identity(settings.model):  # the file has been replaced since this process loaded it
+        classifier_on.cache_clear()
+        classifier = classifier_on(settings.model, device, precision, settings.distill.objective)
     geometry = classifier.geometry
     dtype = torch.float64 if precision == "fp64" else torch.float32
     like = torch.zeros(1, geometry.channels, geometry.height, geometry.width, device=device, dtype=dtype)
@@ -279,8 +288,9 @@ def _not_extended(run: Location, settings: ScanConfig, content: dict[str, Any], 
         return [f"kind of dataset: {about['kind']} in the run, {dataset.kind} now"]
     left = []
     if (list(intake.include), list(intake.exclude)) != (before["include"], before["exclude"]):
-        with (run / "manifest.parquet").open("rb") as file:
-            keys = pq.read_table(file, columns=["key"])["key"].to_pylist()
+        if intake.limit is not None:
+            return ["include, exclude: others in the run, and a limit may leave out what it has"]
+        keys = records.read_table(run / "manifest.parquet", ["key"])["key"].to_pylist()
         left = [key for key in map(str, keys) if not is_named(key, intake)]
     lines = [f"{len(left)} samples of the run are not taken any more, such as {left[0]}"] if left else []
     if intake.limit is not None and intake.limit < (before["limit"] or math.inf):

@@ -145,7 +145,7 @@ def read_columns(run: Location, columns: Sequence[str]) -> pa.Table:
 
     Raises InputError where a part is missing, damaged, or lacks a column.
     """
-    return pa.concat_tables([_read(part, columns) for part in _some_parts(run)])
+    return pa.concat_tables([read_table(part, columns) for part in _some_parts(run)])
 
 
 def read_aligned(run: Location, columns: Sequence[str], manifest: Sequence[str] = ()) -> pa.Table:
@@ -153,7 +153,7 @@ def read_aligned(run: Location, columns: Sequence[str], manifest: Sequence[str] 
 
     Raises InputError where a file is missing or damaged, or where the two do not hold the same samples.
     """
-    listed = _read(run / "manifest.parquet", ["key", *manifest])
+    listed = read_table(run / "manifest.parquet", ["key", *manifest])
     table = align(read_columns(run, ["key", *columns]), listed["key"], f"{to_text(run)} is damaged: its records")
     for name in manifest:
         table = table.append_column(name, listed[name])
@@ -192,7 +192,8 @@ def align(table: pa.Table, keys: pa.ChunkedArray[Any], name: str, hint: str = _D
     )
 
 
-def _read(path: Location, columns: Sequence[str]) -> pa.Table:
+def read_table(path: Location, columns: Sequence[str]) -> pa.Table:
+    """These columns of one file of a run. Raises InputError where it is missing, damaged, or lacks a column."""
     try:
         with path.open("rb") as file, pq.ParquetFile(file) as table:
             return _completed(table.read(columns=list(columns)), columns).select(list(columns))

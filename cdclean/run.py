@@ -50,13 +50,15 @@ def scan(settings: ScanConfig, console: Console | None = None) -> Location:
     dataset = datasets.open_dataset(*settings.locations)
     run = plan.run_folder(settings, dataset)
     metrics = Metrics(_metrics_file(settings), storage.to_text(run))
-    with _reported(metrics), ExitStack() as stack:
+    with _reported(metrics), ExitStack() as stack, ExitStack() as shard:
         asked = plan.asked_for(settings, dataset)
         ahead = _Ahead(settings, dataset, stack)
         load = cache(ahead.load)
         if settings.shard is None and not run.exists():  # a model that is refused leaves no empty folder behind
             load()
         _make_folder(run)
+        if settings.shard is not None:  # before all else: whoever looks for others at work must find this one
+            shard.enter_context(locks.lock(run, name=plan.shard_lock(settings.shard), wait=settings.wait))
         # The shards of a run wait for each other here: the first one lists the samples, the last one sums up.
         with locks.lock(run, wait=math.inf if settings.shard else settings.wait):
             content = plan.make(run, settings, asked, dataset, console, load)
@@ -68,8 +70,8 @@ def scan(settings: ScanConfig, console: Console | None = None) -> Location:
                     _score(run, settings, content, metrics, console, ahead)
                 _finish(run, settings, content, console)
         if settings.shard is not None:
-            with locks.lock(run, name=_shard_lock(settings.shard), wait=settings.wait):
-                _score(run, settings, content, metrics, console, ahead)
+            _score(run, settings, content, metrics, console, ahead)
+            shard.close()
             with locks.lock(run, wait=math.inf):
                 _finish(run, settings, content, console)
     return run
@@ -152,7 +154,7 @@ def _finish(run: Location, settings: ScanConfig, content: dict[str, Any], consol
     if not _is_done(run):
         sizes = manifest.chunk_sizes(run / "manifest.parquet")
         missing = len(sizes) - len(_whole(run, sizes))
-        if missing or (settings.retry_errors and plan.busy_shards(run)):  # these write parts anew that are whole
+        if missing or plan.busy_shards(run):  # these may write parts anew that are whole
             left = f"{missing} of {len(sizes)} chunks are" if missing else "the rest is"
             console.say(f"this shard is done; {left} left to the others")
             return
@@ -169,10 +171,6 @@ def _log(run: Location, settings: ScanConfig) -> events.Log:
     if settings.shard is None:
         return events.Log(run)
     return events.Log(run, f"events-{settings.shard[0]}-of-{settings.shard[1]}.jsonl")
-
-
-def _shard_lock(shard: tuple[int, int]) -> str:
-    return f".lock-{shard[0]}-of-{shard[1]}"
 
 
 def _score(

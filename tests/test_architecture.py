@@ -38,7 +38,7 @@ ROOMS: dict[str, set[str]] = {
     "events": {"errors", "locks", "manifest", "records", "storage"},
     "metrics": {"errors"},
     "labels": set(),
-    "extension": {"datasets", "manifest", "records", "schema", "storage"},
+    "extension": {"datasets", "errors", "manifest", "records", "schema", "storage"},
     # scoring
     "answers": {"config", "errors"},
     "repetition": set(),

@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -144,8 +145,13 @@ def test_what_training_scripts_leave_beside_the_weights(tmp_path: Path) -> None:
     )
     torch.save({"model": STATE, "args": others}, tmp_path / "deit.pt")
     assert_holds_state(tmp_path / "deit.pt", Metadata(input_size=(64, 64)))
-    torch.save({"model": STATE, "args": argparse.Namespace(img_size=[64, 96])}, tmp_path / "mae.pt")
-    assert_holds_state(tmp_path / "mae.pt", Metadata(input_size=(64, 96)))
+    sizes = [([64, 96], (64, 96)), ("64", (64, 64)), (64.0, (64, 64)), ("3,64,96", None), (True, None)]
+    sizes += [(np.int64(64), (64, 64)), (torch.tensor([3, 64, 96]), (64, 96)), (np.array([]), None)]
+    for size, understood in sizes:
+        mean = torch.tensor([0.5, 0.25, 0.5])
+        torch.save({"model": STATE, "args": argparse.Namespace(img_size=size, mean=mean)}, tmp_path / "mae.pt")
+        expected = Metadata(input_size=understood, mean=(0.5, 0.25, 0.5))
+        assert_holds_state(tmp_path / "mae.pt", expected, trust=True)
 
     save_file(STATE, tmp_path / "m.safetensors", metadata={"architecture": "test_convnext", "format": "pt"})
     assert_holds_state(tmp_path / "m.safetensors", Metadata(arch="test_convnext"))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -27,6 +29,7 @@ from tests.test_engines_local import Told, wait_for
 
 pytest.importorskip("ray")
 
+ROOT = Path(__file__).parents[1]
 NODE = {"num_cpus": 1, "object_store_memory": 80 << 20}  # about the least that Ray takes
 
 
@@ -170,3 +173,17 @@ def test_a_scan_that_loses_a_node_ends_as_one_in_this_process(nodes: Any, tmp_pa
     assert names == [part.name for part in sorted(parts.glob("part-*"))]
     for name in names:
         assert pq.read_table(parts / name).equals(pq.read_table(whole / "records" / name))
+
+
+@pytest.mark.slow  # the default run has it for processes
+def test_a_signal_while_ray_waits_stops_the_command_resumably(checkpoint: Path, tmp_path: Path) -> None:
+    run = tmp_path / "x.cdclean"
+    command = ["scan", folder(tmp_path / "data", pictures(8)), "--model", str(checkpoint), "--out", str(run)]
+    command += ["--input-size", str(SIZE), "--device", "cpu", "--engine", "ray", "--chunk-size", "2", "--steps", "2000"]
+    process = subprocess.Popen([sys.executable, "-m", "cdclean", *command], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (run / "events.jsonl").exists() or process.poll() is not None)
+    time.sleep(5)  # it waits for its actors, or for what they find
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143, errors
+    assert events.status(run).state == "stopped"

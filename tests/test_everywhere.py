@@ -179,7 +179,7 @@ def test_files_of_a_list_that_lie_elsewhere_take_no_space(checkpoint: Path, tmp_
     inside.parent.mkdir()
     inside.write_bytes((data / "a" / "000.png").read_bytes())
     listed = tmp_path / "listed" / "list.csv"
-    listed.write_text("path\nnear.png\n" + "".join(f"{path}\n" for path in sorted(data.rglob("*.png"))))
+    listed.write_text("path\nnear.png\nnear.png\n" + "".join(f"{path}\n" for path in sorted(data.rglob("*.png"))))
     run = scan(settings(str(listed), checkpoint, tmp_path / "run.cdclean"))
     decisions = select(run, quantile=0.0).decisions
     assert export(run, decisions, tmp_path / "clean", dry_run=True).bytes == inside.stat().st_size

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +17,13 @@ import pytest
 import torch
 from PIL import Image
 
+from cdclean import chunk as chunk_module
 from cdclean import manifest, schema
 from cdclean.config import DistillConfig, Intake, ModelSpec, ScanConfig
 from cdclean.console import Console
 from cdclean.datasets import open_dataset
 from cdclean.datasets.intake import admitted
+from cdclean.engines import Task
 from cdclean.errors import ChangedRunError, IncompleteError, OutputError, UsageError
 from cdclean.records import load_run, load_summary
 from cdclean.run import scan
@@ -148,6 +151,39 @@ def test_what_a_cut_extension_left_is_not_taken_for_the_scores_of_others(
     assert set(rows(run)) == {row["key"] for row in pq.read_table(run / "manifest.parquet").to_pylist()}
 
 
+def test_what_a_cut_extension_scored_is_not_the_score_of_what_was_put_back(
+    settings: ScanConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new chunk is written, the old one, which holds the sample as it was, is not written anew yet."""
+    path = Path(str(settings.dataset)) / "a" / "000.png"
+    before = path.read_bytes()
+    run = scan(settings)
+    first = rows(run)["a/000.png"]
+    changed = bytearray(before)
+    changed[-20] ^= 1
+    path.write_bytes(changed)
+
+    def cut(place: Any, chunk: int, table: Any, real: Any = chunk_module.write_part) -> None:
+        if chunk == 0:
+            raise OutputError("the disk is full")
+        real(place, chunk, table)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(chunk_module, "write_part", cut)
+        patch.setattr("cdclean.engines.serial.run_chunks", last_first)
+        with pytest.raises(IncompleteError):
+            scan(replace(settings, extend=True))
+    assert (run / "records" / "part-00003.parquet").exists()
+    path.write_bytes(before)
+    scan(replace(settings, extend=True))
+    assert rows(run)["a/000.png"] == first
+
+
+def last_first(worker: Any, pending: Any, progress: Any) -> Any:
+    for chunk in sorted(pending, reverse=True):
+        yield worker(Task(chunk), progress)
+
+
 class Seeing(torch.nn.Module):
     """Sees red in class a, green in b, blue in c."""
 
@@ -176,6 +212,8 @@ def test_a_class_that_comes_later_is_the_one_that_the_model_knows_by_its_place(
         run = scan(replace(settings, extend=classes == "abc"))
     assert load_run(run)["dataset"]["classes"] == ["b", "c", "a"]
     assert load_summary(run)["agreement"] == 1.0
+    shutil.rmtree(data / "b")  # and one that goes keeps its place
+    assert load_summary(scan(replace(settings, extend=True)))["agreement"] == 1.0
 
 
 def test_any_sequence_of_changes(settings: ScanConfig, tmp_path: Path) -> None:
@@ -320,6 +358,8 @@ def test_less_of_the_dataset_or_another_kind_is_no_extension(settings: ScanConfi
     more = replace(settings, extend=True)
     with pytest.raises(ChangedRunError, match=r"4 samples of the run are not taken any more, such as a/000\.png"):
         scan(replace(more, intake=Intake(include=("b/*",))))
+    with pytest.raises(ChangedRunError, match="a limit may leave out"):
+        scan(replace(more, intake=Intake(limit=12)))
     with pytest.raises(ChangedRunError, match="limit: none in the run, 2 now"):
         scan(replace(more, intake=Intake(include=("a/*",), limit=2)))
     with pytest.raises(ChangedRunError, match="imagefolder in the run, webdataset now"):

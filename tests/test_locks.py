@@ -134,6 +134,7 @@ def test_a_clock_that_is_ahead_makes_no_lease_stale(s3: str, monkeypatch: pytest
         patch.setattr(locks.time, "time", lambda now=time.time: now() + 3600)
         with pytest.raises(LockedError), lock(folder):
             pytest.fail("it was renewed a moment ago")
+        assert is_locked(folder)
     folder.fs.invalidate_cache()
     assert [path.name for path in folder.iterdir()] == [".lock"]
 
@@ -180,9 +181,10 @@ def test_what_is_not_ours_is_left(s3: str, monkeypatch: pytest.MonkeyPatch) -> N
             lease(folder)
             time.sleep(0.3)  # long enough to renew it
     assert json.loads((folder / ".lock").read_text())["token"] == "theirs"
-    (folder / ".lock").write_text("no lease")
-    with pytest.raises(LockedError), lock(folder):
-        pytest.fail("it may be somebody's")
+    for content in ("no lease", "[]", "{}", "null"):
+        (folder / ".lock").write_text(content)
+        with pytest.raises(LockedError), lock(folder):
+            pytest.fail("it may be somebody's")
 
 
 def test_only_one_of_many_gets_it(folder: Location) -> None:

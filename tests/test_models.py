@@ -266,10 +266,8 @@ def test_nothing_is_guessed_for_a_network_of_unknown_origin(tmp_path: Path) -> N
         ({"std": (0.5, 0.0, 0.5)}, "above 0"),
         ({"std": (-1.0,)}, "above 0"),
         ({"mean": (0.5, 0.5)}, "3 channels"),
-        (
-            {"mean": (123.675, 116.28, 103.53), "std": (58.4, 57.12, 57.38)},
-            r"(?s)pixels in \[0, 1\].*--mean 0.485,0.456,0.406",
-        ),
+        ({"mean": (123.675, 116.28, 103.53)}, r"(?s)pixels in \[0, 1\].*--mean 0.485,0.456,0.406"),
+        ({"std": (58.395, 57.12, 57.375)}, r"(?s)pixels in \[0, 1\].*--std 0.229,0.224,0.225"),
         ({"mean": (float("nan"),)}, "3 channels"),
         ({"crop": 0.0}, "crop"),
         ({"crop": 1.5}, "crop"),

@@ -244,6 +244,18 @@ def test_a_worker_that_finds_other_weights_scores_nothing(
     assert not list((run / "records").iterdir())
 
 
+def test_a_model_that_was_trained_again_is_loaded_again(dataset: Path, tmp_path: Path) -> None:
+    """In one process, as in a notebook."""
+    path, found = tmp_path / "test_resnet.pt", []
+    for number in range(2):
+        torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), path)
+        run = scan(settings(dataset, path, tmp_path / f"{number}.cdclean"))
+        content = records.load_run(run)
+        assert content["model"]["weights"] == content["config"]["model"]["weights"]
+        found.append(rows(run)["mask_norm"].to_pylist())
+    assert found[0] != found[1]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_the_command_resumably(
     number: signal.Signals, dataset: Path, checkpoint: Path, tmp_path: Path

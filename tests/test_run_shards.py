@@ -111,6 +111,26 @@ def test_the_last_of_several_shards_that_try_again_sums_up(
     assert load_summary(run)["status"] == {"ok": 24}
 
 
+def test_a_shard_that_tries_again_is_waited_for_by_one_that_does_not(
+    settings: ScanConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, score, states = scan(settings), run_module._score, []
+    failed = [dict.fromkeys(row) | {name: row[name] for name in _GIVEN} for row in rows(run).to_pylist()[4:8]]
+    failed = [row | {"status": "oom", "error": "out of memory"} for row in failed]
+    pq.write_table(pa.Table.from_pylist(failed, schema=schema.RECORDS), run / "records" / "part-00001.parquet")
+
+    def other_first(place: Any, its: ScanConfig, *rest: Any) -> None:
+        if its.shard == (1, 2):
+            scan(replace(settings, shard=(0, 2)))
+            states.append(events.status(run).state)
+        score(place, its, *rest)
+
+    monkeypatch.setattr(run_module, "_score", other_first)
+    scan(replace(settings, shard=(1, 2), retry_errors=True))
+    assert states == ["running"]
+    assert load_summary(run)["status"] == {"ok": 24}
+
+
 def test_shards_and_the_whole_keep_out_of_each_others_way(settings: ScanConfig) -> None:
     run = Path(str(settings.out))
     scan(replace(settings, shard=(0, 2)))

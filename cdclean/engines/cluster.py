@@ -18,7 +18,7 @@ from typing import Any
 
 from cdclean.engines.outcomes import DismissedError, Failure, attempt
 from cdclean.engines.tasks import Incident, Report, Schedule, Task, Worker
-from cdclean.errors import IncompleteError, UsageError
+from cdclean.errors import IncompleteError, StoppedError, UsageError
 
 _TICK = 1.0  # seconds of waiting after which the actors are asked how far they are
 _GRACE = 3.0  # seconds that an actor has to leave in when it is told to
@@ -59,6 +59,10 @@ def run_chunks(
         crew = _Crew(ray, worker, needs, actors, Schedule(pending), Task(next(iter(pending), 0), rows=(0, 0)))
         try:
             yield from _run(crew, progress, report, stall)
+        except SystemError as error:  # what Ray makes of a signal that came while it waited
+            if isinstance(error.__cause__, StoppedError):
+                raise error.__cause__ from None
+            raise
         finally:
             crew.dismiss()
 

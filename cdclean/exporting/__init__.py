@@ -242,25 +242,27 @@ def _copy(
         return tables.fill(samples, wanted, files, target, progress)
 
     problems = int((samples["keep"].to_numpy() & samples["problem"].is_valid().to_numpy()).sum())
-    sizes = samples["size"].to_numpy()
-    if about["kind"] == "list":
-        sizes = np.where(listed.elsewhere(samples["key"]), 0, sizes)  # these are not copied
-    expected = partial(_expected, samples["url"], sizes, fates, files)
+    counted = listed.copied if about["kind"] == "list" else None
+    expected = partial(_expected, samples, fates, files, counted)
     return _Copy(expected, fill_files, counted=False, skipped=problems)
 
 
 def _expected(
-    urls: pa.ChunkedArray[Any],
-    sizes: npt.NDArray[np.int64],
+    samples: pa.Table,
     fates: npt.NDArray[np.int8],
     files: Sequence[str],
+    copied: Callable[[pa.Table], pa.Table] | None,
     fate: Fate,
 ) -> Filled:
-    """What the manifest alone knows of a copy: the samples, and which files keep none."""
-    wanted = fates == fate
-    kept = set(pc.unique(urls.filter(pa.array(wanted))).to_pylist()) if len(files) > 1 else set()
+    """What the manifest alone knows of a copy: the samples, and which files keep none.
+
+    `copied`: which of the wanted samples are copied, where not all are.
+    """
+    wanted = samples.filter(pa.array(fates == fate))
+    kept = set(pc.unique(wanted["url"]).to_pylist()) if len(files) > 1 else set()
     emptied = [file.rpartition("/")[2] for file in files if file not in kept] if kept else []
-    return Filled(int(wanted.sum()), 0, int(sizes[wanted].sum()), tuple(emptied))
+    size = pc.sum((copied(wanted) if copied else wanted)["size"]).as_py() or 0
+    return Filled(wanted.num_rows, 0, size, tuple(emptied))
 
 
 def _write_lists(samples: pa.Table, targets: dict[Fate, Location], format: Format) -> None:

@@ -63,17 +63,16 @@ def fill(
     return Filled(count, 1, size + int(files["size"].to_numpy().sum()), unscanned=unscanned)
 
 
-def elsewhere(keys: Any) -> npt.NDArray[np.bool_]:
-    """[n] whether a row of the list names a file that is not in the folder of the list."""
-    found: npt.NDArray[np.bool_] = pc.match_substring_regex(keys, _ELSEWHERE).to_numpy()
-    return found
+def copied(samples: pa.Table) -> pa.Table:
+    """The samples whose files lie in the folder of the list, of each file one, however many rows name it."""
+    inside = samples.filter(pc.invert(pc.match_substring_regex(samples["key"], _ELSEWHERE)))
+    codes = inside["url"].combine_chunks().dictionary_encode().indices.to_numpy()
+    return inside.take(pa.array(np.sort(np.unique(codes, return_index=True)[1]), pa.int64()))
 
 
 def _files(samples: pa.Table, source: str) -> pa.Table:
-    """The files in the folder of the list, each once, however many rows name it: name, url, size, content_hash."""
-    inside = samples.filter(pa.array(~elsewhere(samples["key"])))
-    codes = inside["url"].combine_chunks().dictionary_encode().indices.to_numpy()
-    files = inside.take(pa.array(np.sort(np.unique(codes, return_index=True)[1]), pa.int64()))
+    """What is copied beside the list: name, url, size, content_hash."""
+    files = copied(samples)
     names = pc.utf8_slice_codeunits(files["url"], source.rindex("/") + 1)
     return files.select(["key", "url", "size", "content_hash"]).append_column("name", names)
 
