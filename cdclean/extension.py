@@ -99,7 +99,7 @@ def _recorded_hashes(run: Location, old: pa.Table) -> list[str | None]:
         rows = order[first:last]
         try:
             table = records.read_table(part, ["key", "content_hash"])
-        except InputError:  # damaged: it is scored again
+        except InputError:  # damaged: as if it were not there
             continue
         places = pc.index_in(old["key"].take(rows), value_set=table["key"])
         for row, found in zip(rows.tolist(), table["content_hash"].take(places).to_pylist(), strict=True):

@@ -104,7 +104,10 @@ def _taken(path: UPath, mine: dict[str, Any]) -> bool:
     try:
         return _take(path, mine)
     except OSError as error:
-        raise OutputError(f"cannot write {to_text(path)}: {error.strerror or error}") from error
+        raise OutputError(
+            f"cannot write {to_text(path)}: {error.strerror or error}",
+            hint="See that it can be reached and written to, then run the same command again.",
+        ) from error
 
 
 def _take(path: UPath, mine: dict[str, Any]) -> bool:

@@ -28,6 +28,7 @@ RUN_SUFFIX = ".cdclean"
 _SCAN_HINT = "Score a dataset first: cdclean scan DATASET --model MODEL"
 _RESUME_HINT = "The same cdclean scan command goes on where it stopped."
 _DAMAGED_HINT = "Scan again into a new folder."
+_PART_HINT = "Score again what is in it: the same cdclean scan with --retry-errors."
 
 
 def newest_run(folder: Location, *, complete: bool = True) -> Location:
@@ -145,7 +146,7 @@ def read_columns(run: Location, columns: Sequence[str]) -> pa.Table:
 
     Raises InputError where a part is missing, damaged, or lacks a column.
     """
-    return pa.concat_tables([read_table(part, columns) for part in _some_parts(run)])
+    return pa.concat_tables([read_table(part, columns, _PART_HINT) for part in _some_parts(run)])
 
 
 def read_aligned(run: Location, columns: Sequence[str], manifest: Sequence[str] = ()) -> pa.Table:
@@ -192,13 +193,13 @@ def align(table: pa.Table, keys: pa.ChunkedArray[Any], name: str, hint: str = _D
     )
 
 
-def read_table(path: Location, columns: Sequence[str]) -> pa.Table:
+def read_table(path: Location, columns: Sequence[str], hint: str = _DAMAGED_HINT) -> pa.Table:
     """These columns of one file of a run. Raises InputError where it is missing, damaged, or lacks a column."""
     try:
         with path.open("rb") as file, pq.ParquetFile(file) as table:
             return _completed(table.read(columns=list(columns)), columns).select(list(columns))
     except (OSError, pa.ArrowException, KeyError) as error:
-        raise InputError(f"cannot read {to_text(path)}: {error}", hint=_DAMAGED_HINT) from error
+        raise InputError(f"cannot read {to_text(path)}: {error}", hint=hint) from error
 
 
 def _completed(table: pa.Table, columns: Sequence[str]) -> pa.Table:

@@ -154,7 +154,8 @@ def _finish(run: Location, settings: ScanConfig, content: dict[str, Any], consol
     if not _is_done(run):
         sizes = manifest.chunk_sizes(run / "manifest.parquet")
         missing = len(sizes) - len(_whole(run, sizes))
-        if missing or plan.busy_shards(run):  # these may write parts anew that are whole
+        # Other shards may write parts anew that are whole; one that waits for all of the run to be scored does not.
+        if missing or (settings.shard is not None and plan.busy_shards(run)):
             left = f"{missing} of {len(sizes)} chunks are" if missing else "the rest is"
             console.say(f"this shard is done; {left} left to the others")
             return

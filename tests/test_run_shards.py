@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,49 +86,49 @@ def test_shards_at_the_same_time(settings: ScanConfig, tmp_path: Path) -> None:
     assert rows(run).equals(whole)
 
 
-def test_the_last_of_several_shards_that_try_again_sums_up(
-    settings: ScanConfig, monkeypatch: pytest.MonkeyPatch
+def lose_scores(run: Path, chunk: int) -> None:
+    """As after a night in which memory was short."""
+    part = run / "records" / f"part-{chunk:05}.parquet"
+    found = [dict.fromkeys(row) | {name: row[name] for name in _GIVEN} for row in pq.read_table(part).to_pylist()]
+    found = [row | {"status": "oom", "error": "out of memory"} for row in found]
+    pq.write_table(pa.Table.from_pylist(found, schema=schema.RECORDS), part)
+
+
+@pytest.mark.parametrize("retry_errors", [True, False])
+def test_the_last_of_several_shards_sums_up_what_was_tried_again(
+    retry_errors: bool, settings: ScanConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their parts are all there before they are written anew, so none of them is missing to the first one."""
-    run = scan(settings)
-    for part in (run / "records").glob("part-*.parquet"):
-        failed = [dict.fromkeys(row) | {name: row[name] for name in _GIVEN} for row in pq.read_table(part).to_pylist()]
-        failed = [row | {"status": "oom", "error": "out of memory"} for row in failed]
-        pq.write_table(pa.Table.from_pylist(failed, schema=schema.RECORDS), part)
-    again, score = replace(settings, retry_errors=True), run_module._score
-    states = []
+    """Parts that are written anew are there before, so none is missing to a shard that ends first."""
+    run, score, states = Path(str(scan(settings))), run_module._score, []
+    for chunk in range(6) if retry_errors else (1,):
+        lose_scores(run, chunk)
 
     def other_first(place: Any, its: ScanConfig, *rest: Any) -> None:
         if its.shard == (1, 2):
-            scan(replace(again, shard=(0, 2)))
-            states.append(events.status(run).state)
-        score(place, its, *rest)
-
-    monkeypatch.setattr(run_module, "_score", other_first)
-    scan(replace(again, shard=(1, 2)))
-    assert states == ["running"]
-    assert set(rows(run)["status"].to_pylist()) == {"ok"}
-    assert load_summary(run)["status"] == {"ok": 24}
-
-
-def test_a_shard_that_tries_again_is_waited_for_by_one_that_does_not(
-    settings: ScanConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run, score, states = scan(settings), run_module._score, []
-    failed = [dict.fromkeys(row) | {name: row[name] for name in _GIVEN} for row in rows(run).to_pylist()[4:8]]
-    failed = [row | {"status": "oom", "error": "out of memory"} for row in failed]
-    pq.write_table(pa.Table.from_pylist(failed, schema=schema.RECORDS), run / "records" / "part-00001.parquet")
-
-    def other_first(place: Any, its: ScanConfig, *rest: Any) -> None:
-        if its.shard == (1, 2):
-            scan(replace(settings, shard=(0, 2)))
+            scan(replace(settings, shard=(0, 2), retry_errors=retry_errors))
             states.append(events.status(run).state)
         score(place, its, *rest)
 
     monkeypatch.setattr(run_module, "_score", other_first)
     scan(replace(settings, shard=(1, 2), retry_errors=True))
     assert states == ["running"]
+    assert set(rows(run)["status"].to_pylist()) == {"ok"}
     assert load_summary(run)["status"] == {"ok": 24}
+
+
+def test_a_shard_that_waits_for_the_whole_run_does_not_keep_it_from_its_end(
+    settings: ScanConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, score = Path(str(settings.out)), run_module._score
+
+    def meanwhile(*arguments: Any) -> None:
+        held.enter_context(locks.lock(run, name=".lock-0-of-2"))  # it has its own lock, and waits for the run's
+        score(*arguments)
+
+    monkeypatch.setattr(run_module, "_score", meanwhile)
+    with ExitStack() as held:
+        scan(settings)
+        assert (run / "_SUCCESS").exists()
 
 
 def test_shards_and_the_whole_keep_out_of_each_others_way(settings: ScanConfig) -> None:

@@ -18,7 +18,7 @@ from cdclean.errors import InputError, OutputError, UsageError
 from cdclean.exporting.filled import Filled
 from cdclean.exporting.parallel import in_parallel
 from cdclean.exporting.places import refuse_bytes, refuse_collisions, refuse_unsafe
-from cdclean.exporting.plan import SAME, Fate, Plan
+from cdclean.exporting.plan import CHANGED, Fate, Plan
 from cdclean.storage import Location, atomic_write, from_text, read_range, to_text
 
 Linking = Literal["copy", "hardlink", "symlink"]
@@ -151,7 +151,7 @@ def _check(file: _File, found: str) -> None:
     if file.content_hash and found != file.content_hash:
         raise InputError(
             f"{to_text(file.relative)} has changed since the scan: its bytes are not those that were scored",
-            hint=SAME,
+            hint=CHANGED,
         )
 
 

@@ -28,7 +28,8 @@ from cdclean.exporting import remote
 from cdclean.exporting.filled import Filled
 from cdclean.exporting.parallel import in_parallel
 from cdclean.exporting.places import refuse_collisions, refuse_unsafe
-from cdclean.exporting.rewriting import CHANGED, copy_rows, make_parent
+from cdclean.exporting.plan import CHANGED
+from cdclean.exporting.rewriting import copy_rows, make_parent
 from cdclean.storage import Location, atomic_write, from_text, is_local, locate, read_range, to_text
 
 _ELSEWHERE = r"^(/|[A-Za-z][A-Za-z0-9+.-]*://)"  # keys of samples that are not in the folder of the list

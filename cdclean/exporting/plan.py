@@ -26,7 +26,9 @@ _ENTRIES = 1 << 14  # entries in memory at a time
 _NAMED = 3  # files that a message names
 # Images of kinds that are not read, by their names' ends: cameras, phones and the web have more than `walk` knows.
 _UNREAD = r"(?i)\.(heic|heif|hif|avif|jxl|jxr|jp2|j2k|jpx|apng|tga|dng|cr2|cr3|nef|nrw|arw|orf|rw2|raf|pef|srw)$"
-SAME = "Bring the dataset back to what was scanned, or score what has changed: the same scan with --extend."
+
+# What to do about data that are not as they were scored.
+CHANGED = "Bring the dataset back to what was scanned, or score what has changed: the same scan with --extend."
 
 
 class Fate(enum.IntEnum):
@@ -165,9 +167,11 @@ def _compare(images: pa.Table, samples: pa.Table, rows: npt.NDArray[np.int64], w
         key = samples["key"][row].as_py()
         more = f", and so are {len(different) - 1} others" if len(different) > 1 else ""
         if sizes[row] < 0:
-            hint = f"Is its folder still readable? {SAME}"
+            hint = f"Is its folder still readable? {CHANGED}"
             raise InputError(f"{key} is gone since the scan{more}", hint=hint)
-        raise InputError(f"{key} has changed since the scan: {sizes[row]} bytes, not {expected[row]}{more}", hint=SAME)
+        raise InputError(
+            f"{key} has changed since the scan: {sizes[row]} bytes, not {expected[row]}{more}", hint=CHANGED
+        )
 
 
 def _files(table: pa.Table, hashes: Any, fate: npt.NDArray[np.int8], *, sample: bool) -> pa.Table:

@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 
 from cdclean.datasets.tables import DAMAGE, batches, because, open_table
 from cdclean.errors import InputError
+from cdclean.exporting.plan import CHANGED
 from cdclean.storage import Location, atomic_write, to_text
 
 _GROUP = 1 << 26  # bytes of a row group in memory
-CHANGED = "Bring the dataset back to what was scanned, or score what has changed: the same scan with --extend."
 
 Rows = npt.NDArray[np.int64]
 

@@ -27,7 +27,8 @@ from cdclean.datasets.webdataset import grouped, split
 from cdclean.errors import InputError, UsageError
 from cdclean.exporting.filled import Filled
 from cdclean.exporting.places import refuse_bytes, refuse_collisions, refuse_unsafe
-from cdclean.exporting.tarring import LEFT_OUT, LOOSE, SAME, Layout, ShardWriter
+from cdclean.exporting.plan import CHANGED
+from cdclean.exporting.tarring import LEFT_OUT, LOOSE, Layout, ShardWriter
 from cdclean.storage import Location
 
 
@@ -180,14 +181,15 @@ class _Look:
         row = next(row for row in self._rows.hashes if row not in there)
         raise InputError(
             f"{samples['key'][row].as_py()} is not in {self._file} as it was when it was scanned{self._damage}",
-            hint=SAME,
+            hint=CHANGED,
         )
 
     def _check_size(self, sample: Sample, row: int) -> None:
         size = self._rows.sizes[row]
         if sample.size != size:
             raise InputError(
-                f"{sample.key} in {sample.url} has changed since the scan: {sample.size} bytes, not {size}", hint=SAME
+                f"{sample.key} in {sample.url} has changed since the scan: {sample.size} bytes, not {size}",
+                hint=CHANGED,
             )
 
 

@@ -21,7 +21,8 @@ from cdclean.errors import InputError
 from cdclean.exporting import listed
 from cdclean.exporting.filled import Filled
 from cdclean.exporting.places import refuse_collisions, refuse_unsafe
-from cdclean.exporting.rewriting import CHANGED, Rows, copy_rows, make_parent
+from cdclean.exporting.plan import CHANGED
+from cdclean.exporting.rewriting import Rows, copy_rows, make_parent
 from cdclean.storage import Location, from_text, locate
 
 

@@ -20,10 +20,10 @@ from cdclean.datasets.sample import Access
 from cdclean.datasets.shards import ENDINGS, ending
 from cdclean.datasets.tar import Member, members
 from cdclean.errors import InputError
+from cdclean.exporting.plan import CHANGED
 from cdclean.storage import Location, atomic_write, from_text
 
 LEFT_OUT, LOOSE, SIDECAR = -3, -2, -1  # what becomes of a member; else it is the image of the sample in that row
-SAME = "Bring the shards back to what was scanned, or score what has changed: the same scan with --extend."
 
 _BLOCK = 1 << 20  # bytes of a member read at once
 _INSIDE, _BEGINS, _APART = range(3)  # a member begins no sample, begins one, or one for another shard than the last
@@ -152,7 +152,7 @@ class ShardWriter:
             raise InputError(
                 f"the image at byte {piece.offset} of {source.file} has changed since the scan: its bytes are not "
                 "those that were scored",
-                hint=SAME,
+                hint=CHANGED,
             )
         self.samples += 1
         self._progress(1)
@@ -161,7 +161,7 @@ class ShardWriter:
         for position in range(start, end, _BLOCK):
             block = source.read(position, min(_BLOCK, end - position))
             if len(block) < min(_BLOCK, end - position):
-                raise InputError(f"{source.file} has become shorter since the scan", hint=SAME)
+                raise InputError(f"{source.file} has become shorter since the scan", hint=CHANGED)
             if digest is not None:
                 digest.update(block)
             self._write(block)
@@ -267,7 +267,7 @@ def _opened(file: str, access: Access) -> Iterator[_Source]:
 
 
 def _unreadable(file: str, error: OSError) -> InputError:
-    return InputError(f"cannot read {file}: {error.strerror or error}", hint=SAME)
+    return InputError(f"cannot read {file}: {error.strerror or error}", hint=CHANGED)
 
 
 @contextmanager
